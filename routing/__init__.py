@@ -1,0 +1,1 @@
+"""Where an actor lives, and how a message gets there."""

@@ -1,0 +1,83 @@
+"""Who is meant: actor ids, node ids, and the shard an actor belongs to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import xxhash
+
+from routing.errors import InvalidInput
+
+NodeId = str
+
+MAX_KEY_BYTES = 128  # a subject token of three times that, escaped, stays far below NATS' 4 KiB protocol line
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ActorId:
+    """`type/key`, for example `aircraft/N14228`.
+
+    The type is a lower-case name; the key is 1 to 128 bytes of UTF-8 without control characters. `token`
+    is the same id as one NATS subject token, escaped so that no key can reach another subject.
+    """
+
+    actor_type: str
+    key: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.actor_type):
+            raise InvalidInput(
+                f"actor type {self.actor_type!r} is malformed: use lower-case letters, digits and _, e.g. aircraft"
+            )
+        try:
+            size = len(self.key.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"actor key {self.key!r} is not valid text: use UTF-8") from error
+        if not 1 <= size <= MAX_KEY_BYTES:
+            raise InvalidInput(f"actor key of {size} bytes: use 1 to {MAX_KEY_BYTES} bytes after {self.actor_type}/")
+        if any(ord(character) < 32 or ord(character) == 127 for character in self.key):
+            raise InvalidInput(f"actor key {self.key!r} has control characters: remove them")
+
+    @classmethod
+    def parse(cls, text: str) -> ActorId:
+        """Read `type/key`. Raises InvalidInput, naming the form, for anything else."""
+        actor_type, slash, key = text.partition("/")
+        if not slash:
+            raise InvalidInput(f"actor {text!r} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
+        return cls(actor_type, key)
+
+    @classmethod
+    def from_token(cls, token: str) -> ActorId:
+        """The inverse of `token`. Raises InvalidInput when the token was not made by `token`."""
+        actor_type, equals, escaped = token.partition("=")
+        if not equals:
+            raise InvalidInput(f"subject token {token!r} names no actor")
+        try:
+            key = re.sub(rb"=([0-9A-F]{2})", lambda m: bytes([int(m[1], 16)]), escaped.encode()).decode()
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"subject token {token!r} names no actor") from error
+        return cls(actor_type, key)
+
+    @property
+    def token(self) -> str:
+        escaped = "".join(chr(b) if b in _PLAIN else f"={b:02X}" for b in self.key.encode())
+        return f"{self.actor_type}={escaped}"
+
+    def __str__(self) -> str:
+        return f"{self.actor_type}/{self.key}"
+
+
+def shard_of(actor: ActorId, shards_total: int) -> int:
+    """The shard of an actor: xxHash64 of its text modulo the number of shards, which is fixed at the cluster's birth."""
+    return xxhash.xxh64_intdigest(str(actor).encode()) % shards_total
+
+
+def check_node_id(text: str) -> NodeId:
+    """Return `text` if it can name a node. Raises InvalidInput otherwise."""
+    if not _NODE.fullmatch(text):
+        raise InvalidInput(f"node id {text!r} is malformed: use 1 to 63 letters, digits, - and _")
+    return text

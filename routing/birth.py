@@ -1,0 +1,77 @@
+"""What a cluster is born with: its streams and buckets, its number of shards and logs. Fixed for its life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+
+from routing.errors import InDoubt, Incompatible, Unavailable, WrongSequence
+from routing.link import Link, StreamSpec
+from routing.settings import Settings
+from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
+
+WIRE_VERSION = 1
+TIMEOUT_S = 10.0  # creating a replicated stream may take an election
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    shards: int
+    logs: int
+    wire: int
+
+
+async def found_or_join(link: Link, settings: Settings) -> Birth:
+    """Create what is missing, then read what the cluster was born with.
+
+    Raises Incompatible when the cluster was born otherwise than `settings` say, or speaks another wire version.
+    """
+    subjects = settings.subjects
+    wanted = Birth(shards=settings.shards, logs=settings.logs, wire=WIRE_VERSION)
+    map_stream = StreamSpec(
+        name=kv_stream(subjects.map_bucket), subjects=(kv_subject(subjects.map_bucket, ">"),), keep=1,
+        replicas=settings.replicas,
+    )  # fmt: skip
+    await link.ensure_stream(map_stream, timeout_s=TIMEOUT_S)
+    subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
+    document = orjson.dumps({"shards": wanted.shards, "logs": wanted.logs, "wire": wanted.wire})
+    try:
+        await link.append(subject, document, expected=0, timeout_s=TIMEOUT_S)
+    except (WrongSequence, InDoubt):
+        pass  # born already, or we cannot tell: reading decides
+    born = await read_birth(link, subjects)
+    for name in ("shards", "logs"):
+        if getattr(born, name) != getattr(wanted, name):
+            raise Incompatible(
+                f"cluster {settings.cluster} was born with {getattr(born, name)} {name}, not {getattr(wanted, name)}:"
+                f" set FERRY_{name.upper()}={getattr(born, name)}, or choose another FERRY_CLUSTER"
+            )
+    for name, log_subjects in subjects.log_streams():
+        spec = StreamSpec(name=name, subjects=(log_subjects,), replicas=settings.replicas)
+        await link.ensure_stream(spec, timeout_s=TIMEOUT_S)
+    leases = StreamSpec(
+        name=kv_stream(subjects.lease_bucket), subjects=(kv_subject(subjects.lease_bucket, ">"),), keep=1, ttl=True,
+        replicas=settings.replicas,
+    )  # fmt: skip
+    await link.ensure_stream(leases, timeout_s=TIMEOUT_S)
+    return born
+
+
+async def read_birth(link: Link, subjects: Subjects) -> Birth:
+    """Raises Unavailable when no such cluster was ever started here, Incompatible for another wire version."""
+    subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
+    stored = await link.last(kv_stream(subjects.map_bucket), subject, timeout_s=TIMEOUT_S)
+    if stored is None:
+        raise Unavailable(f"no cluster named {subjects.cluster!r} here: start a node first, or check FERRY_CLUSTER")
+    try:
+        document = orjson.loads(stored.payload)
+        born = Birth(shards=int(document["shards"]), logs=int(document["logs"]), wire=int(document["wire"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Incompatible(f"cluster {subjects.cluster} has an unreadable birth document: {error}") from error
+    if born.wire != WIRE_VERSION:
+        raise Incompatible(
+            f"cluster {subjects.cluster} speaks wire version {born.wire}, this is {WIRE_VERSION}:"
+            " install the matching actor-ferry"
+        )
+    return born

@@ -1,0 +1,195 @@
+"""What an application imports to talk to actors: `Cluster`, and `SyncCluster` for blocking code.
+
+    async with Cluster.connect("nats://127.0.0.1:4222", cluster="default") as cluster:
+        plane = cluster.actor("aircraft", "N14228")
+        flights = await plane.fly(distance=1400)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self
+
+from routing.address import ActorId, NodeId
+from routing.birth import read_birth
+from routing.directory import Directory
+from routing.errors import Unavailable
+from routing.link import Link
+from routing.router import DEFAULT_TIMEOUT_S, Router
+from routing.settings import DEFAULT_NATS_URL
+from routing.subjects import Subjects
+
+
+class Cluster:
+    """A connection to one cluster. Use as an async context manager; safe for many tasks at once."""
+
+    def __init__(self, open_link: Callable[[], Coroutine[Any, Any, Link]], *, cluster: str) -> None:
+        self._open_link, self._name = open_link, cluster
+        self._link: Link | None = None
+        self._directory: Directory | None = None
+        self._router: Router | None = None
+
+    @classmethod
+    def connect(cls, nats_url: str = DEFAULT_NATS_URL, *, cluster: str = "default") -> Cluster:
+        """Connects on entering the context. Raises Unavailable then when no server or no such cluster answers."""
+
+        async def open_link() -> Link:
+            from routing.nats_link import NatsLink  # the in-memory stand-in needs no nats-py
+
+            return await NatsLink.connect(nats_url, name=f"ferry-client-{_sender()}")
+
+        return cls(open_link, cluster=cluster)
+
+    async def __aenter__(self) -> Self:
+        self._link = await self._open_link()
+        try:
+            subjects = Subjects(self._name)
+            born = await read_birth(self._link, subjects)
+            subjects = Subjects(self._name, born.logs)
+            self._directory = Directory(self._link, subjects, shards_total=born.shards)
+            await self._directory.start()
+            self._router = Router(self._link, self._directory, subjects, sender=_sender())
+        except BaseException:
+            await self._link.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._directory is not None and self._link is not None
+        self._router = None
+        await self._directory.stop()
+        await self._link.close()
+
+    def actor(self, actor_type: str, key: str) -> ActorHandle:
+        """A handle whose methods are the actor's commands and queries. Raises InvalidInput for a malformed id."""
+        return ActorHandle(self, ActorId(actor_type, key))
+
+    async def send_message(
+        self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
+        message_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """Send one command or query; returns the reply. `timeout` in seconds. Errors: see Router.send_message."""
+        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        return await self._open().send_message(
+            target, command, arguments, message_id=message_id, timeout_s=timeout
+        )
+
+    async def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
+        """The node that owns the actor now (read from the map's leader), or None while nobody does."""
+        self._open()
+        assert self._directory is not None
+        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        await self._directory.refresh(self._directory.unit_of(target))
+        return self._directory.get_actor_node(target)
+
+    def _open(self) -> Router:
+        if self._router is None:
+            raise Unavailable("the cluster connection is not open: use `async with Cluster.connect(...)`")
+        return self._router
+
+
+class ActorHandle:
+    """One actor, seen from outside. `await handle.fly(distance=1400)` sends the command `fly`."""
+
+    def __init__(self, cluster: Cluster, actor: ActorId) -> None:
+        self._cluster = cluster
+        self.actor_id = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(**arguments: Any) -> Coroutine[Any, Any, Any]:
+            return self._cluster.send_message(self.actor_id, name, arguments)
+
+        return call
+
+    def __repr__(self) -> str:
+        return f"<actor {self.actor_id}>"
+
+
+class SyncCluster:
+    """The blocking twin of Cluster for code without an event loop: a context manager with the same methods.
+
+    One background thread runs the connection; any thread may call.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ferry-client", daemon=True)
+
+    @classmethod
+    def connect(cls, nats_url: str = DEFAULT_NATS_URL, *, cluster: str = "default") -> SyncCluster:
+        return cls(Cluster.connect(nats_url, cluster=cluster))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._run(self._cluster.__aenter__())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._run(self._cluster.__aexit__(kind, error, trace))
+        finally:
+            self._end()
+
+    def actor(self, actor_type: str, key: str) -> SyncActorHandle:
+        return SyncActorHandle(self, ActorId(actor_type, key))
+
+    def send_message(
+        self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
+        message_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """As Cluster.send_message, blocking the calling thread for at most `timeout` seconds."""
+        return self._run(
+            self._cluster.send_message(actor, command, arguments, message_id=message_id, timeout=timeout)
+        )
+
+    def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
+        return self._run(self._cluster.get_actor_node(actor))
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        # Everything the client awaits has its own deadline, so this wait is bounded too.
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        self._loop.close()
+
+
+class SyncActorHandle:
+    """One actor, for blocking code: `handle.fly(distance=1400)`."""
+
+    def __init__(self, cluster: SyncCluster, actor: ActorId) -> None:
+        self._cluster = cluster
+        self.actor_id = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(**arguments: Any) -> Any:
+            return self._cluster.send_message(self.actor_id, name, arguments)
+
+        return call
+
+
+def _sender() -> str:
+    """This process as one subject token: host, process and a random part."""
+    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24] or "host"
+    return f"{host}-{os.getpid()}-{os.urandom(3).hex()}"

@@ -1,0 +1,156 @@
+"""What worker, coordinator and nodes ask each other about moves: messages, their schemas, and asking.
+
+Every request is one JSON object to `ctl.<node>.<verb>`; every answer is `{"ok": {...}}` or `{"error": {...}}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate
+
+from routing import errors
+from routing.errors import InvalidInput
+from routing.link import Link
+from routing.subjects import Subjects
+
+COORDINATOR = "_coordinator"  # no node id begins with _, so the leader has a control subject of its own
+ROWS_PER_PAGE = 500  # a page of manifest or captured rows stays below 128 KiB, an eighth of NATS' default payload limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequest:
+    """A worker asks a node to take one step of a move. `offset` pages through the actors in the answer."""
+
+    move: str
+    unit: str
+    epoch: int
+    source: str
+    destination: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestRow:
+    """One actor a source is about to send: its place in the move, and what its transfer will be."""
+
+    index: int
+    actor_id: str
+    version: int
+    digest: str
+    state_bytes: int
+    transfer_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRequest:
+    """A source announces to the destination what it is about to send (`handle_migration_request`), page by page."""
+
+    move: str
+    unit: str
+    epoch: int
+    source: str
+    destination: str
+    rows: tuple[ManifestRow, ...]
+
+
+class _Strict(Schema):
+    class Meta:
+        unknown = RAISE
+
+
+_name = fields.String(required=True, validate=validate.Length(1, 200))
+_count = fields.Integer(required=True, strict=True, validate=validate.Range(0))
+
+
+class _StepRequestSchema(_Strict):
+    move = _name
+    unit = _name
+    epoch = _count
+    source = _name
+    destination = _name
+    offset = fields.Integer(load_default=0, strict=True, validate=validate.Range(0))
+
+    @post_load
+    def build(self, values: dict[str, Any], **_: Any) -> StepRequest:
+        return StepRequest(**values)
+
+
+class _ManifestRowSchema(_Strict):
+    index = _count
+    actor_id = fields.String(required=True, validate=validate.Length(1, 400))
+    version = _count
+    digest = _name
+    state_bytes = _count
+    transfer_bytes = _count
+
+    @post_load
+    def build(self, values: dict[str, Any], **_: Any) -> ManifestRow:
+        return ManifestRow(**values)
+
+
+class _MigrationRequestSchema(_Strict):
+    move = _name
+    unit = _name
+    epoch = _count
+    source = _name
+    destination = _name
+    rows = fields.List(fields.Nested(_ManifestRowSchema), required=True, validate=validate.Length(max=ROWS_PER_PAGE))
+
+    @post_load
+    def build(self, values: dict[str, Any], **_: Any) -> MigrationRequest:
+        return MigrationRequest(**{**values, "rows": tuple(values["rows"])})
+
+
+STEP_REQUEST: Schema = _StepRequestSchema()
+MIGRATION_REQUEST: Schema = _MigrationRequestSchema()
+
+
+def encode(message: Any) -> bytes:
+    """A request dataclass, or a plain dict, as JSON."""
+    return orjson.dumps(message if isinstance(message, dict) else asdict(message))
+
+
+def decode(payload: bytes, schema: Schema | None = None) -> Any:
+    """Read a request; with a schema, validated and built. Raises InvalidInput naming every wrong field."""
+    try:
+        document = orjson.loads(payload or b"{}")
+        return schema.load(document) if schema is not None else _object(document)
+    except ValidationError as error:
+        raise InvalidInput(f"malformed request: {error.normalized_messages()}") from error
+    except ValueError as error:
+        raise InvalidInput(f"request is not JSON: {error}") from error
+
+
+def encode_result(result: dict[str, Any] | Exception) -> bytes:
+    if isinstance(result, Exception):
+        return orjson.dumps({"error": errors.to_wire(result)})
+    return orjson.dumps({"ok": result})
+
+
+async def ask(
+    link: Link, subjects: Subjects, node: str, verb: str, message: Any = None, *, timeout_s: float
+) -> dict[str, Any]:
+    """Ask a node (or COORDINATOR) to do `verb`; returns what it answered.
+
+    Raises the error the node reported, Unavailable when it is not there, Timeout when it does not answer in time.
+    """
+    payload = await link.request(subjects.control(node, verb), encode(message or {}), timeout_s=timeout_s)
+    return result_of(payload)
+
+
+def result_of(payload: bytes) -> dict[str, Any]:
+    """What the other side answered. Raises the error it reported."""
+    answer = decode(payload)
+    if "error" in answer:
+        raise errors.from_wire(_object(answer["error"]))
+    return _object(answer.get("ok"))
+
+
+def _object(document: Any) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise InvalidInput(f"expected a JSON object, got {type(document).__name__}")
+    return document
+

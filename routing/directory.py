@@ -1,0 +1,136 @@
+"""The live shard map: a local copy that follows NATS KV, and one compare-and-set per transition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from routing import shard_map
+from routing.address import ActorId, NodeId, shard_of
+from routing.documents import decode_ownership, encode_ownership
+from routing.errors import InDoubt, InvalidInput, NotApplicable, Unavailable, WrongSequence
+from routing.link import Entry, Link, Subscription
+from routing.shard_map import Ownership
+from routing.subjects import Subjects, kv_stream, kv_subject, shard_key, shard_of_key
+
+log = structlog.get_logger("ferry.directory")
+
+CAS_ATTEMPTS = 8  # contenders for one key are few: source, worker, reconciler, coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class MapEntry:
+    """A unit's ownership and the revision of its key, which the next transition must name."""
+
+    ownership: Ownership
+    revision: int
+
+
+class Directory:
+    """Where every unit of ownership (today: every shard) lives.
+
+    Invariant: an entry is only ever replaced by one of a higher revision, so a view never goes back in time.
+    Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
+    """
+
+    def __init__(self, link: Link, subjects: Subjects, *, shards_total: int, timeout_s: float = 2.0) -> None:
+        self.shards_total = shards_total
+        self._link = link
+        self._stream = kv_stream(subjects.map_bucket)
+        self._bucket = subjects.map_bucket
+        self._prefix = len(kv_subject(self._bucket, ""))
+        self._timeout_s = timeout_s
+        self._entries: dict[str, MapEntry] = {}
+        self._observers: list[Callable[[str, MapEntry], None]] = []
+        self._watch: Subscription | None = None
+
+    async def start(self) -> None:
+        """Follow the map. Returns once the local copy is complete. Raises Timeout, Unavailable."""
+        subject = kv_subject(self._bucket, "shard.*")
+        self._watch = await self._link.watch(self._stream, subject, self._on_entry, timeout_s=self._timeout_s)
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            await self._watch.stop()
+
+    def on_change(self, observer: Callable[[str, MapEntry], None]) -> None:
+        """Call `observer(unit, entry)` after each change of the local copy."""
+        self._observers.append(observer)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+    def unit_of(self, actor: ActorId) -> str:
+        """The unit of ownership an actor belongs to."""
+        return shard_key(shard_of(actor, self.shards_total))
+
+    def get(self, unit: str) -> MapEntry | None:
+        return self._entries.get(unit)
+
+    def entries(self) -> dict[str, MapEntry]:
+        return dict(self._entries)
+
+    def get_actor_node(self, actor: ActorId) -> NodeId | None:
+        """The node that owns the actor as far as known here; None before the cluster's first assignment."""
+        entry = self._entries.get(self.unit_of(actor))
+        return entry.ownership.owner if entry else None
+
+    async def refresh(self, unit: str) -> MapEntry | None:
+        """Read a unit's key from the leader. Raises Timeout, Unavailable."""
+        stored = await self._link.last(self._stream, kv_subject(self._bucket, unit), timeout_s=self._timeout_s)
+        if stored is not None:
+            self._on_entry(stored)
+        return self._entries.get(unit)
+
+    # -- deciding --------------------------------------------------------------------------------------------------
+    async def transition(self, unit: str, before: MapEntry | None, after: Ownership) -> MapEntry:
+        """Write `after` if the key still is at `before`'s revision.
+
+        Raises WrongSequence when somebody else wrote first, InDoubt when the write may or may not have landed,
+        Unavailable when it did not, InvariantViolated when the step itself is not a legal one.
+        """
+        shard_map.check(before.ownership if before else None, after)
+        expected = before.revision if before else 0
+        subject = kv_subject(self._bucket, unit)
+        payload = encode_ownership(after)
+        revision = await self._link.append(subject, payload, expected=expected, timeout_s=self._timeout_s)
+        entry = MapEntry(after, revision)
+        self._adopt(unit, entry)
+        log.info("map", unit=unit, owner=after.owner, epoch=after.epoch, move=after.move, revision=revision)
+        return entry
+
+    async def decide(self, unit: str, change: Callable[[Ownership], Ownership]) -> MapEntry:
+        """Read, change and write until the write lands on what was read.
+
+        `change` raises NotApplicable to stop; a write of unknown fate is settled by reading again, so `change` sees
+        its own effect. Raises NotApplicable, Unavailable, Timeout, and InDoubt when even that stays unknown.
+        """
+        for _ in range(CAS_ATTEMPTS):
+            entry = await self.refresh(unit)
+            if entry is None:
+                raise NotApplicable(f"{unit} has no owner yet: start a coordinator and a node")
+            try:
+                return await self.transition(unit, entry, change(entry.ownership))
+            except (WrongSequence, InDoubt):
+                continue
+        raise Unavailable(f"{unit} changed hands {CAS_ATTEMPTS} times while being decided: try again")
+
+    # -- following -------------------------------------------------------------------------------------------------
+    def _on_entry(self, stored: Entry) -> None:
+        unit = stored.subject[self._prefix :]
+        if stored.removed or shard_of_key(unit) is None:
+            return
+        try:
+            ownership = decode_ownership(stored.payload)
+        except InvalidInput as error:
+            log.error("map value ignored", unit=unit, error=str(error))
+            return
+        self._adopt(unit, MapEntry(ownership, stored.sequence))
+
+    def _adopt(self, unit: str, entry: MapEntry) -> None:
+        known = self._entries.get(unit)
+        if known is not None and known.revision >= entry.revision:
+            return
+        self._entries[unit] = entry
+        for observer in self._observers:
+            observer(unit, entry)

@@ -1,0 +1,128 @@
+"""A command and its answer on the wire: one JSON object each, checked where it enters the process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from routing import errors
+from routing.address import ActorId
+from routing.errors import FerryError, InvalidInput, Moved, PayloadTooLarge
+
+MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
+MAX_MESSAGE_ID_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command or query for one actor; the node's actor class knows which it is.
+
+    `message_id` makes a command apply once however often it arrives. `epoch` is the epoch of the map entry the
+    sender went by. After `expires_ms` (unix milliseconds) nobody waits for the answer any more.
+    """
+
+    actor: ActorId
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    message_id: str
+    epoch: int = 0
+    hops: int = 0
+    expires_ms: int
+
+    def forwarded(self, epoch: int) -> Command:
+        return replace(self, hops=self.hops + 1, epoch=max(self.epoch, epoch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What became of a command: a value or an error, and who answered at which epoch."""
+
+    value: Any = None
+    error: FerryError | None = None
+    owner: str | None = None
+    epoch: int = 0
+
+
+def encode_command(command: Command) -> bytes:
+    """Raises InvalidInput when the arguments are not JSON-like."""
+    try:
+        return orjson.dumps(
+            {
+                "actor": str(command.actor),
+                "command": command.name,
+                "arguments": command.arguments,
+                "id": command.message_id,
+                "epoch": command.epoch,
+                "hops": command.hops,
+                "expires_ms": command.expires_ms,
+            }
+        )
+    except TypeError as error:
+        raise InvalidInput(f"arguments of {command.name!r} are not JSON-like: {error}") from error
+
+
+def decode_command(payload: bytes, *, max_bytes: int) -> Command:
+    """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
+    if len(payload) > max_bytes:
+        raise PayloadTooLarge(f"command of {len(payload)} bytes: the limit is {max_bytes} (FERRY_MAX_COMMAND_BYTES)")
+    document = _object(payload, "command")
+    arguments = _field(document, "arguments", dict)
+    message_id = _field(document, "id", str)
+    if not 1 <= len(message_id.encode()) <= MAX_MESSAGE_ID_BYTES:
+        raise InvalidInput(f"message id {message_id[:40]!r}: use 1 to {MAX_MESSAGE_ID_BYTES} bytes")
+    return Command(
+        actor=ActorId.parse(_field(document, "actor", str)),
+        name=_field(document, "command", str),
+        arguments=arguments,
+        message_id=message_id,
+        epoch=_count(document, "epoch"),
+        hops=_count(document, "hops"),
+        expires_ms=_count(document, "expires_ms"),
+    )
+
+
+def encode_answer(answer: Answer) -> bytes:
+    if answer.error is None:
+        return orjson.dumps({"value": answer.value, "owner": answer.owner, "epoch": answer.epoch})
+    if isinstance(answer.error, Moved):
+        return orjson.dumps({"moved": str(answer.error), "owner": answer.error.owner, "epoch": answer.error.epoch})
+    return orjson.dumps({"error": errors.to_wire(answer.error), "owner": answer.owner, "epoch": answer.epoch})
+
+
+def decode_answer(payload: bytes) -> Answer:
+    """Raises InvalidInput for anything that is not an answer."""
+    document = _object(payload, "answer")
+    owner, epoch = document.get("owner"), _count(document, "epoch")
+    if owner is not None and not isinstance(owner, str):
+        raise InvalidInput("answer with a malformed owner")
+    if "moved" in document:
+        return Answer(error=Moved(str(document["moved"]), owner=owner, epoch=epoch), owner=owner, epoch=epoch)
+    if "error" in document:
+        return Answer(error=errors.from_wire(_field(document, "error", dict)), owner=owner, epoch=epoch)
+    return Answer(value=document.get("value"), owner=owner, epoch=epoch)
+
+
+def _object(payload: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = orjson.loads(payload)
+    except ValueError as error:
+        raise InvalidInput(f"{what} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{what} is not a JSON object")
+    return document
+
+
+def _field(document: dict[str, Any], name: str, kind: type) -> Any:
+    value = document.get(name)
+    if not isinstance(value, kind):
+        raise InvalidInput(f"{name!r} is missing or not of type {kind.__name__}")
+    return value
+
+
+def _count(document: dict[str, Any], name: str) -> int:
+    value = document.get(name, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput(f"{name!r} must be a whole number, 0 or more")
+    return value

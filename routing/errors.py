@@ -1,0 +1,147 @@
+"""Every error Ferry raises, in one tree.
+
+    FerryError
+    ├── TransientError          trying again may help; the only errors a Celery step retries
+    │   ├── Timeout             no answer in time, and nothing can have been changed by the question
+    │   ├── Unavailable         nobody can serve this now: no owner, no responder, no connection
+    │   ├── Busy                the receiver asks to come back after `retry_after_s`
+    │   ├── Moved               another node owns the actor; carries whom to ask
+    │   └── WrongSequence       a compare-and-set was refused: somebody wrote first, read again
+    ├── PermanentError          trying again the same way cannot help
+    │   ├── Rejected            the actor decided "no"; the decision is in its journal
+    │   ├── HandlerFailed       the actor's own code raised; logged like a rejection, nothing applied
+    │   ├── InvalidInput        a malformed id, argument, message or setting
+    │   │   ├── UnknownActorType
+    │   │   ├── UnknownCommand
+    │   │   └── PayloadTooLarge
+    │   ├── StateNotPortable    an actor's state cannot be encoded, or not decoded by this code
+    │   ├── Quarantined         the log is shorter than what was acknowledged: an operator must look
+    │   ├── NotApplicable       a step or transition that the map no longer allows
+    │   └── Incompatible        a server or cluster this version cannot work with
+    ├── InDoubt                 the outcome is unknown; send the same message id again to learn it
+    └── InvariantViolated       a bug in Ferry; caught only at the top of a process
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FerryError(Exception):
+    """Root of every error raised by Ferry on purpose. The message says what to do next."""
+
+
+class TransientError(FerryError):
+    """Trying the same again may help."""
+
+
+class Timeout(TransientError):
+    """No answer before the deadline; the question cannot have changed anything."""
+
+
+class Unavailable(TransientError):
+    """Nobody can serve this now: no owner, no responder, or no connection."""
+
+
+class Busy(TransientError):
+    """The receiver is full and changed nothing; come back after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.05) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Moved(TransientError):
+    """Another node owns the actor: `owner` at `epoch`, as far as the answering node knows."""
+
+    def __init__(self, message: str, *, owner: str | None, epoch: int) -> None:
+        super().__init__(message)
+        self.owner = owner
+        self.epoch = epoch
+
+
+class WrongSequence(TransientError):
+    """A compare-and-set was refused because somebody else wrote first; read, then decide again."""
+
+
+class PermanentError(FerryError):
+    """Trying the same again cannot help."""
+
+
+class Rejected(PermanentError):
+    """Raised by an actor's command to say no. The decision is journalled, so it stays no."""
+
+
+class HandlerFailed(PermanentError):
+    """The actor's handler raised something else than Rejected; nothing was applied, and that is journalled."""
+
+
+class InvalidInput(PermanentError):
+    """A malformed id, argument, message or setting."""
+
+
+class UnknownActorType(InvalidInput):
+    """No loaded module defines this actor type."""
+
+
+class UnknownCommand(InvalidInput):
+    """The actor class has no such command or query."""
+
+
+class PayloadTooLarge(InvalidInput):
+    """A message or a state exceeds its limit in bytes."""
+
+
+class StateNotPortable(PermanentError):
+    """An actor's state cannot be encoded here, or cannot be decoded by the destination's code."""
+
+
+class Quarantined(PermanentError):
+    """The actor's log is shorter than what was acknowledged; it stays inactive until an operator decides."""
+
+
+class NotApplicable(PermanentError):
+    """The shard map no longer allows this step or transition; somebody else has moved things on."""
+
+
+class Incompatible(PermanentError):
+    """A server, or a cluster born with other settings, that this process must not work with."""
+
+
+class InDoubt(FerryError):
+    """The command may or may not have been applied. Sending the same message id again tells."""
+
+    def __init__(self, message: str, *, message_id: str | None = None) -> None:
+        super().__init__(message)
+        self.message_id = message_id
+
+
+class InvariantViolated(FerryError):
+    """A bug: something the protocol rules out has happened. The process that sees it stops."""
+
+
+# What travels: the class name and the message. Anything else arrives as PermanentError.
+_BY_NAME: dict[str, type[FerryError]] = {
+    cls.__name__: cls
+    for cls in (
+        Timeout, Unavailable, Busy, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
+        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, NotApplicable, Incompatible, InDoubt,
+    )
+}  # fmt: skip
+
+
+def to_wire(error: Exception) -> dict[str, Any]:
+    """`{"kind", "message"}` of an error, plus its retry hint; foreign errors travel as HandlerFailed."""
+    kind = type(error).__name__ if type(error).__name__ in _BY_NAME else "HandlerFailed"
+    document: dict[str, Any] = {"kind": kind, "message": str(error) or type(error).__name__}
+    if isinstance(error, Busy):
+        document["retry_after_s"] = error.retry_after_s
+    return document
+
+
+def from_wire(document: dict[str, Any]) -> FerryError:
+    """The error a peer reported. Unknown kinds, from a newer peer, become PermanentError."""
+    kind, message = str(document.get("kind", "")), str(document.get("message", "no message"))
+    if kind == "Busy":
+        return Busy(message, retry_after_s=float(document.get("retry_after_s", 0.05)))
+    return _BY_NAME.get(kind, PermanentError)(message)

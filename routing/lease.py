@@ -1,0 +1,106 @@
+"""A lease: one key that its holder renews and that expires by itself when the holder is gone.
+
+For liveness only. The holder trusts it up to a margin before its end, counted from *before the sending* of the
+last renewal that was acknowledged, on a clock that runs while the machine is suspended; safety rests on epochs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from routing.errors import InDoubt, InvalidInput, Unavailable, WrongSequence
+from routing.link import Link
+from routing.subjects import kv_stream, kv_subject
+
+TRUSTED_SHARE = 0.6  # of the time to live; the rest covers clock rate differences and a stopped process waking up
+RENEWALS_PER_LEASE = 5
+
+
+def boottime_s() -> float:
+    """Seconds on a clock that also runs during suspend (CLOCK_BOOTTIME where the system has it)."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def decode_lease(payload: bytes) -> dict[str, Any]:
+    """The document a holder wrote. Raises InvalidInput when it is none."""
+    try:
+        document = orjson.loads(payload)
+    except ValueError as error:
+        raise InvalidInput(f"lease {payload[:80]!r} is malformed: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("incarnation"), str):
+        raise InvalidInput(f"lease {payload[:80]!r} is malformed: no incarnation")
+    return document
+
+
+class Lease:
+    """Holds `key` in `bucket` for `incarnation`, at most one holder at a time."""
+
+    def __init__(
+        self, link: Link, bucket: str, key: str, *, incarnation: str, ttl_s: float,
+        clock: Callable[[], float] = boottime_s,
+    ) -> None:  # fmt: skip
+        self._link, self._clock, self._ttl_s = link, clock, ttl_s
+        self._stream, self._subject = kv_stream(bucket), kv_subject(bucket, key)
+        self._incarnation = incarnation
+        self._sequence: int | None = None
+        self._trusted_until = float("-inf")
+
+    @property
+    def renew_every_s(self) -> float:
+        return self._ttl_s / RENEWALS_PER_LEASE
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the holder may still act as the holder."""
+        return self._clock() < self._trusted_until
+
+    async def holder(self) -> tuple[dict[str, Any] | None, int]:
+        """(the document of whoever holds the key, or None; the key's last sequence, 0 for none)."""
+        stored = await self._link.last(self._stream, self._subject, timeout_s=self._ttl_s / 2)
+        if stored is None:
+            return None, 0
+        return (None if stored.removed else decode_lease(stored.payload)), stored.sequence
+
+    async def hold(self, document: dict[str, Any]) -> bool:
+        """Acquire or renew; True while held. `document` is what others read; the incarnation is added.
+
+        Returns False when another incarnation holds it. Raises Timeout, Unavailable when NATS does not answer.
+        """
+        if self._sequence is None and not await self._find_place():
+            return False
+        payload = orjson.dumps({**document, "incarnation": self._incarnation})
+        began = self._clock()
+        try:
+            self._sequence = await self._link.append(
+                self._subject, payload, expected=self._sequence, ttl_s=self._ttl_s, timeout_s=self._ttl_s / 2
+            )
+        except (WrongSequence, InDoubt):
+            self._sequence = None  # somebody wrote, perhaps we ourselves: the next call reads who
+            return self.trusted
+        self._trusted_until = began + self._ttl_s * TRUSTED_SHARE
+        return True
+
+    async def release(self) -> None:
+        """Give it up at once, if it is still ours. Others may take it when this returns."""
+        self._trusted_until = float("-inf")
+        if self._sequence is None:
+            return
+        try:
+            await self._link.append(
+                self._subject, b"", expected=self._sequence, discard=True, timeout_s=self._ttl_s / 2
+            )
+        except (WrongSequence, InDoubt, Unavailable):
+            return  # it expires by itself, or is no longer ours
+        finally:
+            self._sequence = None
+
+    async def _find_place(self) -> bool:
+        document, sequence = await self.holder()
+        if document is not None and document["incarnation"] != self._incarnation:
+            return False
+        self._sequence = sequence
+        return True

@@ -1,0 +1,110 @@
+"""What Ferry needs of NATS, and nothing else: the seam between the protocol and the network.
+
+`routing.nats_link.NatsLink` is the real one; `runtime.testing.MemoryNats` the in-memory stand-in. One contract
+suite (tests/contract/) runs against both. Buckets are streams, so three stream verbs carry journal, map and leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A message as delivered to a subscriber. `reply` is empty when nobody waits for an answer."""
+
+    subject: str
+    payload: bytes
+    reply: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A message as stored in a stream. `removed` marks a deletion or expiry; its payload is empty then."""
+
+    sequence: int
+    subject: str
+    payload: bytes
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """A stream as Ferry wants it. `ttl` allows per-message time to live; `keep` is messages kept per subject (0: all)."""
+
+    name: str
+    subjects: tuple[str, ...]
+    keep: int = 0
+    ttl: bool = False
+    replicas: int = 1
+    max_message_bytes: int = -1
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+Handler = Callable[[Message], None]
+EntryHandler = Callable[[Entry], None]
+
+
+class Subscription(Protocol):
+    async def stop(self) -> None:
+        """Stop delivery. Messages already on their way may still arrive."""
+
+
+class Link(Protocol):
+    """One connection. Every verb has a deadline; none retries by itself.
+
+    Handlers are plain functions called in order on the event loop; they must not block, and what they raise is
+    counted and logged, never lost with the subscription.
+    """
+
+    @property
+    def connected(self) -> bool: ...
+
+    async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
+        """Send at most once. Raises Unavailable when not connected, PayloadTooLarge over the server's limit."""
+
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+        """Send and await one answer.
+
+        Raises Unavailable when nobody listens or the link is down before sending, Timeout when no answer came.
+        """
+
+    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
+        """Deliver messages on `subject` (wildcards allowed) to `handler`, in order, until stopped."""
+
+    async def append(
+        self, subject: str, payload: bytes, *, expected: int | None, timeout_s: float,
+        rollup: bool = False, ttl_s: float | None = None, discard: bool = False,
+    ) -> int:  # fmt: skip
+        """Store one message and return its sequence.
+
+        `expected` is the sequence of the subject's last message (0: none), or None for no condition. `rollup`
+        replaces everything stored on the subject before it. `ttl_s` lets it expire (a removal marker follows);
+        `discard` stores a removal marker instead of a value. Raises WrongSequence when the expectation was refused,
+        InDoubt when no answer came (it may have landed, now or later), Unavailable when it was certainly not stored.
+        """
+
+    async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
+        """The subject's last message, read from the stream's leader. None when there is none. Raises Timeout, Unavailable."""
+
+    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
+        """The message at `sequence`, read from the leader. None when it was removed. Raises Timeout, Unavailable."""
+
+    async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> Subscription:
+        """Deliver the last message of every subject matching `subject`, then every later one, in order per subject.
+
+        Returns when what was stored at the time of the call has been delivered. After a gap, a reconnect or a silent
+        server the watch starts over by itself, so a handler sees entries again and must ignore old sequences.
+        Raises Timeout, Unavailable when the first round could not be had.
+        """
+
+    async def ensure_stream(self, spec: StreamSpec, *, timeout_s: float) -> None:
+        """Create the stream, or leave an equal one. Raises Incompatible when it exists otherwise, or cannot be made."""
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call back each time the link is up again after having been down."""
+
+    async def close(self) -> None:
+        """Flush what was published, then disconnect. Idempotent."""

@@ -1,0 +1,390 @@
+"""One connection to NATS that comes back by itself, and a request multiplexer on top of it.
+
+nats-py 2.16 reconnects on its own, but its reconnect can hang on a dead peer (nats-py #671), delivers what was
+published before or during the outage afterwards, and gives up for good when the server closes with an error. So each
+nats-py client here lives for one TCP connection only; when it dies, for whatever reason, the supervisor aborts it
+and makes a new one:
+
+    attached -> dead (noticed at once, or by unanswered pings after 1.5 s) -> attaching, for ever -> attached
+
+Two more of its traps shape this file: `flush()` sends its ping *ahead* of what waits in the client's buffer, and a
+ping given up on kills the read loop when its pong comes late. So the barrier is a message to our own inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from nats import errors as nats_errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as ClientSubscription
+
+from routing.errors import Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
+
+log = structlog.get_logger("ferry.nats")
+
+MIN_SERVER_VERSION = (2, 12, 3)  # earlier ones lose acknowledged messages or lack per-message time to live
+PING_INTERVAL_S = 0.5  # with two pings unanswered a dead link is noticed in 1.5 s; a lease lasts 3 s or more
+MAX_PINGS_UNANSWERED = 2
+RECONNECT_WAIT_S = 0.15  # longer adds to every blackout, shorter hammers a server that is starting
+WATCHDOG_S = 0.1  # how late a client that hangs while closing is noticed
+BARRIER_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
+MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
+MAX_PENDING_BYTES = 2**30
+NO_RESPONDERS = "503"
+
+
+@dataclass(slots=True, eq=False)
+class Registration:
+    """A subscription that outlives clients: made again on each new one."""
+
+    subject: str
+    receive: Callable[[Msg], None]
+    current: ClientSubscription | None = None
+
+
+class NatsConnection:
+    """Publish, request and subscribe over whichever client is attached now.
+
+    Invariant: nothing is handed to a client that is not attached, so nothing waits for a reconnect. What a client
+    still held when its connection died is dropped with it; only bytes already in the kernel may arrive late.
+    """
+
+    def __init__(self, url: str, *, name: str, inbox_prefix: str, connect_timeout_s: float) -> None:
+        self.url = ",".join(_without_secrets(part) for part in _parts(url))
+        self.inbox = f"{inbox_prefix}.{uuid.uuid4().hex}"
+        self.server_version, self.max_payload = "", 0
+        self._last_error = ""
+        self.handler_errors = self.client_errors = self.dropped_messages = self.reconnects = 0
+        self.reconnect_callbacks: list[Callable[[], None]] = []
+        self._servers, self._name, self._connect_timeout_s = _parts(url), name, connect_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._client: Client | None = None
+        self._died = asyncio.Event()
+        self._tokens = itertools.count(1)
+        self._inbox_length = len(self.inbox) + 1
+        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._barriers: set[asyncio.Future[Msg]] = set()
+        self._registrations: dict[Registration, None] = {}
+        self._supervisor: asyncio.Task[None] | None = None
+        self._endings: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    # -- life ------------------------------------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Connect once. Raises Unavailable when no server answers in time, Incompatible for a server we cannot use."""
+        try:
+            await self._attach()
+        except (nats_errors.NoServersError, OSError) as error:
+            raise Unavailable(
+                f"no NATS server answers at {self.url} ({self._last_error or 'no answer'}):"
+                " start one (`ferry up`, or nats-server -js), or correct FERRY_NATS_URL"
+            ) from error
+        except nats_errors.Error as error:
+            raise Incompatible(
+                f"the NATS server at {self.url} refused the connection ({error}): check the user, password and"
+                " permissions in FERRY_NATS_URL"
+            ) from error
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"nats-supervisor-{self._name}")
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.is_connected
+
+    async def close(self) -> None:
+        """Wait until the server has what was published, at most CLOSE_TIMEOUT_S, then disconnect. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        client, self._client = self._client, None
+        if client is not None:
+            if client.is_connected:
+                try:
+                    await self._barrier(client, CLOSE_TIMEOUT_S)
+                except Unavailable as error:
+                    log.warning("closed without flushing", url=self.url, error=str(error))
+            self._end(client)
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(Timeout("the link was closed while waiting for an answer"))
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=2 * CLOSE_TIMEOUT_S)
+
+    async def _supervise(self) -> None:
+        while True:
+            await self._until_dead()
+            client, self._client = self._client, None
+            if client is not None:
+                log.warning("nats connection lost", url=self.url, error=str(client.last_error))
+                self._end(client)
+            for barrier in self._barriers:
+                if not barrier.done():
+                    barrier.set_exception(Unavailable(f"the connection to {self.url} was lost"))
+            await self._attach_for_ever()
+            self.reconnects += 1
+            log.info("nats connection back", url=self.url, reconnects=self.reconnects)
+            for callback in tuple(self.reconnect_callbacks):
+                self.guard("on_reconnect", callback)
+
+    async def _until_dead(self) -> None:
+        # A client that hangs while closing never calls back, so its state is looked at as well.
+        while self.connected:
+            try:
+                async with asyncio.timeout(WATCHDOG_S):
+                    await self._died.wait()
+            except TimeoutError:
+                continue
+
+    async def _attach_for_ever(self) -> None:
+        while True:
+            try:
+                return await self._attach()
+            except Exception as error:  # whatever a starting or broken server makes nats-py raise, for ever is for ever
+                log.debug("nats not back yet", url=self.url, error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(RECONNECT_WAIT_S)
+
+    async def _attach(self) -> None:
+        """Connect a new client and make every registration on it. Leaves nothing behind when it fails."""
+        client, died = Client(), asyncio.Event()
+        each_s = self._connect_timeout_s / len(self._servers)  # so that one silent server leaves time for the others
+
+        async def on_closed() -> None:
+            died.set()
+
+        async def on_error(error: Exception) -> None:
+            self._on_error(error, quiet=client is not self._client)
+
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                # One life per client: no reconnect, and no buffering while not connected (pending_size=0). The
+                # flusher's queue has no bound, because a full one would block the ping loop that notices a dead link.
+                await client.connect(
+                    self._servers, name=self._name, allow_reconnect=False, max_reconnect_attempts=1,
+                    reconnect_time_wait=0.05, connect_timeout=each_s,  # type: ignore[arg-type]
+                    ping_interval=PING_INTERVAL_S, max_outstanding_pings=MAX_PINGS_UNANSWERED,  # type: ignore[arg-type]
+                    pending_size=0, flusher_queue_size=0, closed_cb=on_closed, error_cb=on_error,
+                )  # fmt: skip
+                self._check_version(client)
+                await client.subscribe(
+                    f"{self.inbox}.*", cb=self._on_answer,
+                    pending_msgs_limit=MAX_PENDING_MESSAGES, pending_bytes_limit=MAX_PENDING_BYTES,
+                )  # fmt: skip
+                for registration in tuple(self._registrations):
+                    await self._register_on(client, registration)
+                await self._barrier(client, self._connect_timeout_s)
+        except BaseException:
+            self._end(client)
+            raise
+        discovered = [_with_secrets_of(self._servers[0], server.geturl()) for server in client.discovered_servers]
+        self._servers = list(dict.fromkeys([*self._servers, *discovered]))
+        self.max_payload = client.max_payload
+        self._client, self._died = client, died
+
+    def _check_version(self, client: Client) -> None:
+        version = client.connected_server_version
+        found = (version.major, version.minor, version.patch)
+        self.server_version = ".".join(str(number) for number in found)
+        if found < MIN_SERVER_VERSION:
+            raise Incompatible(
+                f"the NATS server at {self.url} is version {self.server_version}: install"
+                f" {'.'.join(str(number) for number in MIN_SERVER_VERSION)} or later"
+            )
+
+    def _end(self, client: Client) -> None:
+        """Cut a client's connection and let its tasks finish in the background."""
+        task = asyncio.create_task(_end_client(client), name=f"nats-ending-{self._name}")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+    async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
+        client = self._attached()
+        if client.pending_data_size > MAX_UNSENT_BYTES:
+            await self._barrier(client, BARRIER_TIMEOUT_S)
+        await self._hand_over(client, subject, payload, reply, None)
+
+    async def request(
+        self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
+    ) -> Msg:
+        """The first answer. Raises Unavailable when certainly nobody got the question, Timeout when nobody answered."""
+        client = self._attached()
+        if client.pending_data_size > MAX_UNSENT_BYTES:
+            await self._barrier(client, timeout_s)
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token] = future
+        timer = self._loop.call_later(timeout_s, _expire, future, subject, timeout_s)
+        try:
+            await self._hand_over(client, subject, payload, f"{self.inbox}.{token}", headers)
+            message = await future
+        finally:
+            timer.cancel()
+            self._waiting.pop(token, None)
+        if message.headers is not None and message.headers.get("Status") == NO_RESPONDERS:
+            raise Unavailable(f"nobody listens on {subject}: is its node or stream there?")
+        return message
+
+    async def subscribe(self, subject: str, receive: Callable[[Msg], None]) -> Registration:
+        """Returns once the server knows. Raises Unavailable when not connected."""
+        client = self._attached()
+        registration = Registration(subject, receive)
+        self._registrations[registration] = None
+        try:
+            await self._register_on(client, registration)
+            await self._barrier(client, BARRIER_TIMEOUT_S)
+        except nats_errors.Error as error:
+            await self.unsubscribe(registration)
+            raise _translated(error, subject, self.url) from error
+        except BaseException:
+            await self.unsubscribe(registration)
+            raise
+        return registration
+
+    async def unsubscribe(self, registration: Registration) -> None:
+        """Idempotent; a connection that is down forgets without asking."""
+        self._registrations.pop(registration, None)
+        current, registration.current = registration.current, None
+        if current is None:
+            return
+        try:
+            await current.unsubscribe()
+        except (nats_errors.ConnectionClosedError, nats_errors.BadSubscriptionError):
+            return  # it went away with its client
+
+    async def round_trip_s(self, timeout_s: float = BARRIER_TIMEOUT_S) -> float:
+        """Seconds for a message to the server and back, after everything sent before it."""
+        began = self._loop.time()
+        await self._barrier(self._attached(), timeout_s)
+        return self._loop.time() - began
+
+    def guard(self, where: str, call: Callable[..., None], *arguments: Any) -> None:
+        """Call a user's function; what it raises is counted and logged."""
+        try:
+            call(*arguments)
+        except (Exception, asyncio.CancelledError):
+            # In a plain function CancelledError is no cancellation of ours: it read a cancelled future's result.
+            self.handler_errors += 1
+            log.exception("handler failed", where=where)
+
+    def _attached(self) -> Client:
+        client = self._client
+        if client is None or not client.is_connected:
+            if self._closed:
+                raise Unavailable(f"the link to {self.url} is closed")
+            raise Unavailable(f"not connected to NATS at {self.url}: reconnecting, try again")
+        return client
+
+    async def _hand_over(
+        self, client: Client, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
+    ) -> None:
+        size = len(payload) + _header_bytes(headers)
+        if size > self.max_payload:  # the server would close the connection, and nats-py counts no headers
+            raise PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
+        try:
+            await client.publish(subject, payload, reply, headers)
+        except nats_errors.Error as error:
+            raise _translated(error, subject, self.url) from error
+
+    async def _register_on(self, client: Client, registration: Registration) -> None:
+        async def deliver(message: Msg) -> None:
+            self.guard(registration.subject, registration.receive, message)
+
+        subscription = await client.subscribe(
+            registration.subject, cb=deliver,
+            pending_msgs_limit=MAX_PENDING_MESSAGES, pending_bytes_limit=MAX_PENDING_BYTES,
+        )  # fmt: skip
+        if registration in self._registrations:
+            registration.current = subscription
+        else:  # stopped while the connection was coming back
+            await subscription.unsubscribe()
+
+    async def _barrier(self, client: Client, timeout_s: float) -> None:
+        """Return when the server has handled everything handed to `client` before. Raises Unavailable."""
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token] = future
+        self._barriers.add(future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.publish(f"{self.inbox}.{token}", b"")
+                await future
+        except (TimeoutError, nats_errors.Error) as error:
+            raise Unavailable(f"the NATS server at {self.url} took nothing for {timeout_s:g} s: try again") from error
+        finally:
+            self._barriers.discard(future)
+            self._waiting.pop(token, None)
+
+    async def _on_answer(self, message: Msg) -> None:
+        future = self._waiting.pop(message.subject[self._inbox_length :], None)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _on_error(self, error: Exception, *, quiet: bool) -> None:
+        self._last_error = str(error) or type(error).__name__
+        if quiet:  # the client is on its way in or out; whoever attaches it reports
+            return
+        self.client_errors += 1
+        if isinstance(error, nats_errors.SlowConsumerError):
+            self.dropped_messages += 1
+            log.error("message dropped: handlers are too slow", subject=error.subject)
+        else:
+            log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
+
+
+async def _end_client(client: Client) -> None:
+    # Closing waits for unsent bytes to leave, which on a dead link is for ever: abort drops them. nats-py has no
+    # public way to do it.
+    writer = getattr(getattr(client, "_transport", None), "_io_writer", None)
+    if writer is not None:
+        writer.transport.abort()
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.close()
+    except Exception as error:  # a client that never connected, or hangs: it is off the wire either way
+        log.debug("nats client did not close", error=f"{type(error).__name__}: {error}")
+
+
+def _expire(future: asyncio.Future[Msg], subject: str, timeout_s: float) -> None:
+    if not future.done():
+        future.set_exception(Timeout(f"no answer from {subject} within {timeout_s:g} s: try again"))
+
+
+def _translated(error: nats_errors.Error, subject: str, url: str) -> Exception:
+    if isinstance(error, nats_errors.MaxPayloadError):
+        return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
+    if isinstance(error, nats_errors.BadSubjectError):
+        return InvalidInput(f"{subject!r} is no NATS subject: remove blanks and empty tokens")
+    return Unavailable(f"not connected to NATS at {url} ({error}): try again")
+
+
+def _header_bytes(headers: dict[str, str] | None) -> int:
+    return 14 + sum(len(name) + len(value) + 4 for name, value in headers.items()) if headers else 0
+
+
+def _parts(url: str) -> list[str]:
+    return [part.strip() for part in url.split(",") if part.strip()]
+
+
+def _without_secrets(url: str) -> str:
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    return f"{urlsplit(url).scheme}://{host}" if host else url
+
+
+def _with_secrets_of(given: str, discovered: str) -> str:
+    """A server's announced neighbour, reached with the user and password of the server that was given."""
+    user, at, _ = urlsplit(given).netloc.rpartition("@")
+    parts = urlsplit(discovered)
+    return parts._replace(netloc=f"{user}{at}{parts.netloc.rpartition('@')[2]}").geturl()

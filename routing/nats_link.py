@@ -1,0 +1,299 @@
+"""The real Link: NATS and JetStream through nats-py.
+
+The connection and its traps are in `nats_connection`, watches in `nats_watch`; here is what the verbs of
+`routing.link.Link` mean in JetStream's own requests. Reads go to the stream's leader (`STREAM.MSG.GET`): direct gets
+may be served by followers and were stale 0.6-2 % of the time right after an acknowledgement.
+"""
+
+from __future__ import annotations
+
+import math
+from binascii import a2b_base64
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from nats.aio.msg import Msg
+
+from routing.errors import (
+    FerryError,
+    Incompatible,
+    InDoubt,
+    PayloadTooLarge,
+    Timeout,
+    Unavailable,
+    WrongSequence,
+)
+from routing.link import Entry, EntryHandler, Handler, Message, StreamSpec
+from routing.nats_connection import NatsConnection, Registration
+from routing.nats_watch import Watch
+
+MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
+MIN_TTL_S = 1  # JetStream's own minimum and granularity
+_NANOSECONDS = 1_000_000_000
+
+# JetStream's err_code values (nats-server, server/errors.json).
+_NO_MESSAGE = 10037
+_WRONG_SEQUENCE = (10071, 10164)  # refused; and "an append on this subject is still in flight", at three replicas
+_TOO_LARGE = (10054, 10097)
+_NOT_ALLOWED = (10111, 10165, 10166)  # rollup or time to live, on a stream made without
+_NOT_SERVED = (10008, 10009, 10039, 10059, 10076)  # refused before anything was stored
+_STREAM_EXISTS = 10058
+
+
+class NatsLink:
+    """One connection to NATS, as `routing.link.Link` describes it. Make it with `connect`.
+
+    `handler_errors`, `client_errors`, `dropped_messages` and `reconnects` count what went wrong and was survived.
+    """
+
+    def __init__(self, connection: NatsConnection) -> None:
+        self._connection = connection
+        self._watches: set[_LinkWatch] = set()
+
+    @classmethod
+    async def connect(
+        cls, url: str, *, name: str, inbox_prefix: str = "_INBOX", connect_timeout_s: float = 5.0
+    ) -> NatsLink:
+        """Connect to one of the servers in `url` (several are separated by commas), and from then on for ever again.
+
+        `name` shows in the server's monitoring. Server permissions must let the connection publish and subscribe
+        under `inbox_prefix`. Raises Unavailable when none answers within `connect_timeout_s`, Incompatible when it
+        refuses us, is older than 2.12.3, or has no JetStream.
+        """
+        connection = NatsConnection(url, name=name, inbox_prefix=inbox_prefix, connect_timeout_s=connect_timeout_s)
+        await connection.open()
+        try:
+            await _check_jetstream(connection, connect_timeout_s)
+        except BaseException:
+            await connection.close()
+            raise
+        return cls(connection)
+
+    # -- what `ferry doctor` asks ----------------------------------------------------------------------------------
+    @property
+    def connected(self) -> bool:
+        return self._connection.connected
+
+    @property
+    def url(self) -> str:
+        return self._connection.url
+
+    @property
+    def server_version(self) -> str:
+        return self._connection.server_version
+
+    @property
+    def max_payload(self) -> int:
+        """Largest message in bytes, headers included."""
+        return self._connection.max_payload
+
+    @property
+    def handler_errors(self) -> int:
+        return self._connection.handler_errors
+
+    @property
+    def client_errors(self) -> int:
+        return self._connection.client_errors
+
+    @property
+    def dropped_messages(self) -> int:
+        return self._connection.dropped_messages
+
+    @property
+    def reconnects(self) -> int:
+        return self._connection.reconnects
+
+    async def rtt(self) -> float:
+        """Seconds to the server and back, behind everything already sent. Raises Unavailable."""
+        return await self._connection.round_trip_s()
+
+    # -- messages --------------------------------------------------------------------------------------------------
+    async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
+        await self._connection.publish(subject, payload, reply=reply)
+
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+        message = await self._connection.request(subject, payload, timeout_s=timeout_s)
+        return message.data
+
+    async def subscribe(self, subject: str, handler: Handler) -> _LinkSubscription:
+        def receive(message: Msg) -> None:
+            handler(Message(subject=message.subject, payload=message.data, reply=message.reply))
+
+        return _LinkSubscription(self._connection, await self._connection.subscribe(subject, receive))
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+    async def append(
+        self, subject: str, payload: bytes, *, expected: int | None, timeout_s: float,
+        rollup: bool = False, ttl_s: float | None = None, discard: bool = False,
+    ) -> int:  # fmt: skip
+        """See Link.append. WrongSequence also means that another append on the subject is still in flight (three
+        replicas): either way, read again before deciding again."""
+        headers: dict[str, str] = {}
+        if expected is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+        if rollup:
+            headers["Nats-Rollup"] = "sub"
+        if ttl_s is not None:
+            headers["Nats-TTL"] = f"{max(MIN_TTL_S, math.ceil(ttl_s))}s"
+        if discard:
+            headers["KV-Operation"] = "DEL"
+            payload = b""
+        try:
+            message = await self._connection.request(subject, payload, timeout_s=timeout_s, headers=headers or None)
+        except Timeout as error:
+            raise InDoubt(
+                f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message to learn the outcome"
+            ) from error
+        try:
+            answer = orjson.loads(message.data)
+            if "error" in answer:
+                raise _append_refused(subject, expected, answer["error"])
+            return int(answer["seq"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InDoubt(f"unreadable acknowledgement {message.data[:80]!r} for {subject}: read again") from error
+
+    async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
+        return await self._stored(stream, {"last_by_subj": subject}, timeout_s)
+
+    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
+        return await self._stored(stream, {"seq": sequence}, timeout_s)
+
+    async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _LinkWatch:
+        watch = _LinkWatch(Watch(self._connection, stream, subject, handler), self._watches)
+        await watch.start(timeout_s)
+        return watch
+
+    async def ensure_stream(self, spec: StreamSpec, *, timeout_s: float) -> None:
+        wanted = _stream_config(spec)
+        answer = await self._ask(f"STREAM.CREATE.{spec.name}", wanted, timeout_s)
+        error = answer.get("error")
+        if error is None:
+            return
+        if error.get("err_code") in _NOT_SERVED:
+            raise Unavailable(f"stream {spec.name} cannot be created now: {_said(error)}")
+        if error.get("err_code") != _STREAM_EXISTS:
+            raise Incompatible(f"stream {spec.name} cannot be created: {_said(error)}")
+        found = (await self._ask(f"STREAM.INFO.{spec.name}", None, timeout_s)).get("config", {})
+        differing = [
+            f"{field} is {found.get(field)!r}, not {value!r}"
+            for field, value in wanted.items()
+            if found.get(field) != value and (found.get(field) or value)  # the server leaves out what is false or zero
+        ]
+        if differing:
+            raise Incompatible(
+                f"stream {spec.name} exists with other settings: {'; '.join(differing)}:"
+                " edit it with `nats stream edit`, or choose another FERRY_CLUSTER"
+            )
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self._connection.reconnect_callbacks.append(callback)
+
+    async def close(self) -> None:
+        for watch in tuple(self._watches):
+            await watch.stop()
+        await self._connection.close()
+
+    async def _stored(self, stream: str, which: dict[str, Any], timeout_s: float) -> Entry | None:
+        answer = await self._ask(f"STREAM.MSG.GET.{stream}", which, timeout_s)
+        error = answer.get("error")
+        if error is None:
+            return _entry(answer["message"])
+        if error.get("err_code") == _NO_MESSAGE:
+            return None
+        raise Unavailable(f"stream {stream} cannot be read: {_said(error)}: start a node, or check FERRY_CLUSTER")
+
+    async def _ask(self, verb: str, document: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        payload = orjson.dumps(document) if document is not None else b""
+        message = await self._connection.request(f"$JS.API.{verb}", payload, timeout_s=timeout_s)
+        answer: dict[str, Any] = orjson.loads(message.data)
+        return answer
+
+
+class _LinkSubscription:
+    def __init__(self, connection: NatsConnection, registration: Registration) -> None:
+        self._connection, self._registration = connection, registration
+
+    async def stop(self) -> None:
+        await self._connection.unsubscribe(self._registration)
+
+
+class _LinkWatch:
+    """A running watch that its link can end."""
+
+    def __init__(self, watch: Watch, running: set[_LinkWatch]) -> None:
+        self._watch, self._running = watch, running
+
+    async def start(self, timeout_s: float) -> None:
+        await self._watch.start(timeout_s)
+        self._running.add(self)
+
+    async def stop(self) -> None:
+        self._running.discard(self)
+        await self._watch.stop()
+
+
+async def _check_jetstream(connection: NatsConnection, timeout_s: float) -> None:
+    mend = f"enable JetStream on the NATS server at {connection.url} (nats-server -js -sd DIRECTORY) for this account"
+    try:
+        message = await connection.request("$JS.API.INFO", b"", timeout_s=timeout_s)
+    except Unavailable as error:
+        if not connection.connected:
+            raise
+        raise Incompatible(f"NATS server {connection.server_version} has no JetStream: {mend}") from error
+    except Timeout as error:
+        raise Unavailable(f"JetStream at {connection.url} does not answer within {timeout_s:g} s: try again") from error
+    refusal = orjson.loads(message.data).get("error")
+    if refusal is not None and refusal.get("err_code") == _NOT_SERVED[0]:
+        raise Unavailable(f"JetStream at {connection.url} has no leader yet: try again")
+    if refusal is not None:
+        raise Incompatible(f"NATS server {connection.server_version} has no JetStream ({_said(refusal)}): {mend}")
+
+
+def _append_refused(subject: str, expected: int | None, error: dict[str, Any]) -> FerryError:
+    code = error.get("err_code")
+    if code in _WRONG_SEQUENCE:
+        return WrongSequence(f"{subject} is no longer at sequence {expected} ({_said(error)}): read it again")
+    if code in _TOO_LARGE:
+        return PayloadTooLarge(f"message for {subject} exceeds its stream's limit: {_said(error)}")
+    if code in _NOT_ALLOWED:
+        return Incompatible(f"the stream of {subject} does not allow this append: {_said(error)}")
+    if code in _NOT_SERVED:
+        return Unavailable(f"{subject} was not stored: {_said(error)}")
+    # Of any other refusal we do not know that it came before storing on every replica.
+    return InDoubt(f"{subject} may not have been stored ({_said(error)}): read its last message")
+
+
+def _said(error: dict[str, Any]) -> str:
+    return f"{error.get('description')} [{error.get('err_code')}]"
+
+
+def _stream_config(spec: StreamSpec) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "name": spec.name,
+        "subjects": list(spec.subjects),
+        "retention": "limits",
+        "storage": "file",
+        "discard": "new",  # never drop the oldest to make room: it may be the only copy
+        "num_replicas": spec.replicas,
+        "max_msgs_per_subject": spec.keep or -1,
+        "max_msg_size": spec.max_message_bytes,
+        "allow_direct": False,
+        "allow_rollup_hdrs": True,  # which forbids deny_purge
+        "deny_delete": True,
+    }
+    if spec.ttl:
+        config["allow_msg_ttl"] = True
+        config["subject_delete_marker_ttl"] = MARKER_TTL_S * _NANOSECONDS
+    return config | spec.extra
+
+
+def _entry(message: dict[str, Any]) -> Entry:
+    headers = a2b_base64(message["hdrs"]) if "hdrs" in message else b""
+    removed = (
+        b"\r\nKV-Operation: DEL" in headers
+        or b"\r\nKV-Operation: PURGE" in headers
+        or b"\r\nNats-Marker-Reason:" in headers
+    )
+    payload = b"" if removed else a2b_base64(message.get("data") or b"")
+    return Entry(sequence=message["seq"], subject=message["subject"], payload=payload, removed=removed)

@@ -1,0 +1,154 @@
+"""One frozen object per process: what the environment and `.env` say, checked once at start-up.
+
+Every mistake is reported at once. The time settings must keep the order the protocol needs for liveness (safety
+uses no clock): append < drain < step < pause lease < lock lease < hard limit < visibility timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from environs import Env, EnvValidationError
+
+from routing.address import check_node_id
+from routing.errors import InvalidInput
+from routing.subjects import Subjects
+
+DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
+DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
+DEFAULT_DATA_DIR = ".ferry"
+MAX_SHARDS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, each read from `FERRY_<NAME>`. Times are seconds, sizes bytes."""
+
+    cluster: str = "default"
+    nats_url: str = DEFAULT_NATS_URL
+    redis_url: str = DEFAULT_REDIS_URL
+    data_dir: str = DEFAULT_DATA_DIR  # the embedded servers' files, and where other commands find their ports
+    node_id: str = ""
+    actors: tuple[str, ...] = ()  # modules to import
+    shards: int = 256  # fixed at the cluster's birth
+    logs: int = 4  # streams the journal is spread over; fixed at birth
+    replicas: int = 1  # of every stream; 3 on a NATS cluster
+    nats_sync_always: bool = True  # embedded NATS only: fsync before every acknowledgement
+
+    append_timeout_s: float = 2.0
+    drain_handlers_s: float = 4.0
+    step_timeout_s: float = 5.0
+    pause_lease_s: float = 10.0
+    lock_lease_s: float = 30.0
+    task_time_limit_s: float = 60.0
+    visibility_timeout_s: float = 75.0
+    node_lease_s: float = 5.0
+    leader_lease_s: float = 5.0
+    debounce_s: float = 0.5  # membership must be quiet this long before a plan
+    drain_timeout_s: float = 120.0
+
+    buffer_messages: int = 10_000  # commands waiting at a closed gate, per shard
+    buffer_bytes: int = 16 * 2**20
+    mailbox_messages: int = 1_000  # commands waiting for one actor
+    max_command_bytes: int = 512 * 1024
+    max_state_bytes: int = 256 * 2**20
+    chunk_bytes: int = 64 * 1024
+    transfer_window_bytes: int = 2**20
+    snapshot_every: int = 32  # commands between two snapshots of an actor
+    dedup_window: int = 128  # latest command ids remembered per actor
+    passivate_after_s: float = 600.0
+    moves_at_once: int = 4  # admission window per source and per destination
+    records_kept: int = 100_000
+
+    def __post_init__(self) -> None:
+        problems = [*_range_problems(self), *_time_problems(self)]
+        for check in (lambda: Subjects(self.cluster), lambda: check_node_id(self.node_id) if self.node_id else None):
+            try:
+                check()
+            except InvalidInput as error:
+                problems.append(str(error))
+        if problems:
+            raise InvalidInput("; ".join(problems))
+
+    @property
+    def subjects(self) -> Subjects:
+        return Subjects(self.cluster, self.logs)
+
+    @classmethod
+    def load(cls, env_file: str | Path = ".env", **overrides: Any) -> Settings:
+        """Read the environment, then `.env`; `overrides` that are not None win (command-line options).
+
+        Without FERRY_NATS_URL or FERRY_REDIS_URL, the embedded servers of this data folder are used while they run.
+        Raises InvalidInput listing every mistake.
+        """
+        env = Env(eager=False, prefix="FERRY_")
+        env.read_env(env_file, recurse=False)
+        read = {
+            "str": env.str, "int": env.int, "float": env.float, "bool": env.bool, "tuple[str, ...]": env.list,
+        }  # fmt: skip
+        values = {
+            field.name: read[str(field.type)](field.name.upper())
+            for field in fields(cls)
+            if f"FERRY_{field.name.upper()}" in os.environ
+        }
+        try:
+            env.seal()
+        except EnvValidationError as error:
+            raise InvalidInput(
+                "; ".join(f"{name}: {' '.join(why)}" for name, why in error.error_messages.items())
+            ) from error
+        values.update({name: value for name, value in overrides.items() if value is not None})
+        if "actors" in values:
+            values["actors"] = tuple(module for module in values["actors"] if module)
+        for name, url in embedded_urls(Path(values.get("data_dir", DEFAULT_DATA_DIR))).items():
+            values.setdefault(name, url)
+        return cls(**values)
+
+
+def embedded_urls(data_dir: Path) -> dict[str, str]:
+    """`{"nats_url": ..., "redis_url": ...}` of embedded servers running from `data_dir`; empty when none run."""
+    try:
+        running = json.loads((data_dir / "servers.json").read_text())
+        os.kill(int(running["pid"]), 0)
+        return {"nats_url": str(running["nats_url"]), "redis_url": str(running["redis_url"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # no file, not ours, or the process is gone: nothing runs here
+
+
+def _range_problems(s: Settings) -> list[str]:
+    problems = []
+    if not 1 <= s.shards <= MAX_SHARDS:
+        problems.append(f"FERRY_SHARDS={s.shards}: use 1 to {MAX_SHARDS}")
+    if not 1 <= s.logs <= 64:
+        problems.append(f"FERRY_LOGS={s.logs}: use 1 to 64")
+    if s.replicas not in (1, 3, 5):
+        problems.append(f"FERRY_REPLICAS={s.replicas}: use 1, 3 or 5")
+    for field in fields(s):
+        value = getattr(s, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            problems.append(f"FERRY_{field.name.upper()}={value}: must be greater than 0")
+    if not s.nats_url.startswith(("nats://", "tls://", "ws://", "wss://")):
+        problems.append(f"FERRY_NATS_URL={s.nats_url}: must start with nats:// or tls://")
+    if not s.redis_url.startswith(("redis://", "rediss://", "unix://")):
+        problems.append(f"FERRY_REDIS_URL={s.redis_url}: must start with redis:// or rediss://")
+    return problems
+
+
+# A wait must outlive what it waits for, or a live step is taken for a dead one (Dapr #9897, Akka #29711).
+_LADDER = (
+    "append_timeout_s", "drain_handlers_s", "step_timeout_s", "pause_lease_s", "lock_lease_s", "task_time_limit_s",
+    "visibility_timeout_s",
+)  # fmt: skip
+
+
+def _time_problems(s: Settings) -> list[str]:
+    return [
+        f"FERRY_{shorter.upper()} ({getattr(s, shorter):g}) must be less than"
+        f" FERRY_{longer.upper()} ({getattr(s, longer):g})"
+        for shorter, longer in zip(_LADDER, _LADDER[1:], strict=False)
+        if getattr(s, shorter) >= getattr(s, longer)
+    ]

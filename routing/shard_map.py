@@ -1,0 +1,149 @@
+"""Who owns a shard, and the only ways that may change. Pure: no clock, no socket, no random.
+
+    ASSIGN     nobody                 ->  (A, -, 1)                 the coordinator, at the cluster's birth
+    LOCK       (A, iA, e, -)          ->  (A, iA, e, m -> B)        the worker, in `pause`
+    COMMIT     (A, iA, e, m -> B)     ->  (B, -, e+1), m committed  the source, in `delete`: the commit point
+    ABORT      (A, iA, e, m -> B)     ->  (A, iA, e+1), m aborted   anyone
+    BOOT       (A, old, e, *)         ->  (A, new, e+1), * aborted  a restarted owner
+    BIND       (B, -, e)              ->  (B, iB, e)                the new owner
+    FAILOVER   (o, *, e, *)           ->  (n, -, e+1), * aborted    the coordinator, after the owner's lease ran out
+
+Each function returns the value to be written by one compare-and-set on the key's revision, or raises
+NotApplicable. COMMIT and ABORT of one move start from the same revision, so exactly one of them can happen.
+
+Invariants (checked by tests/unit/test_shard_map.py and by `check`):
+  1. The epoch never falls, and grows by one whenever the owner or the outcome of a move changes.
+  2. A lock names a move and a destination that is not the owner; both or neither are set.
+  3. The outcome of a move, once written, is never rewritten.
+  4. A lock is taken only from a bound owner, so that there is a source to pause.
+  5. `fence` is the epoch of the latest BOOT or FAILOVER: an owner that did not stop by itself may still be
+     appending below it. It survives clean moves, because an actor nobody touched since is still unclaimed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from routing.errors import InvariantViolated, NotApplicable
+
+
+class Outcome(StrEnum):
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastMove:
+    """How the latest move of this unit ended, and the epoch that its end began."""
+
+    move: str
+    outcome: Outcome
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ownership:
+    """The value of one map key. `incarnation` is None until the new owner binds itself."""
+
+    owner: str
+    incarnation: str | None
+    epoch: int
+    move: str | None = None
+    destination: str | None = None
+    last: LastMove | None = None
+    fence: int = 0
+
+    def outcome_of(self, move: str) -> Outcome | None:
+        """How `move` ended as far as this value tells: None while it is locked or when it is not named."""
+        return self.last.outcome if self.last is not None and self.last.move == move else None
+
+    def needs_claim(self, tail_epoch: int) -> bool:
+        """Whether an actor whose log ends in `tail_epoch` (0: no log) must be claimed before it serves anything."""
+        return tail_epoch < self.fence
+
+
+def assign(owner: str) -> Ownership:
+    """ASSIGN: the first owner of a unit that has none."""
+    return Ownership(owner=owner, incarnation=None, epoch=1)
+
+
+def lock(current: Ownership, *, move: str, destination: str) -> Ownership:
+    """LOCK: announce that `move` may take this unit to `destination`."""
+    if current.move is not None:
+        raise NotApplicable(f"already locked by move {current.move}: wait for it, or cancel its plan")
+    if current.incarnation is None:
+        raise NotApplicable(f"its owner {current.owner} has not taken it over yet: try again in a moment")
+    if destination == current.owner:
+        raise NotApplicable(f"{destination} owns it already: nothing to move")
+    return replace(current, move=move, destination=destination)
+
+
+def commit(current: Ownership, *, move: str, incarnation: str) -> Ownership:
+    """COMMIT: the source gives the unit to the destination. Only the bound source may."""
+    if current.move != move or current.destination is None:
+        raise NotApplicable(f"move {move} holds no lock here: {_ending(current, move)}")
+    if current.incarnation != incarnation:
+        raise NotApplicable(f"incarnation {incarnation} no longer owns it: only the source may commit")
+    epoch = current.epoch + 1
+    last = LastMove(move=move, outcome=Outcome.COMMITTED, epoch=epoch)
+    return Ownership(owner=current.destination, incarnation=None, epoch=epoch, last=last, fence=current.fence)
+
+
+def abort(current: Ownership, *, move: str) -> Ownership:
+    """ABORT: the source keeps the unit. Anyone may."""
+    if current.move != move:
+        raise NotApplicable(f"move {move} holds no lock here: {_ending(current, move)}")
+    epoch = current.epoch + 1
+    last = LastMove(move=move, outcome=Outcome.ABORTED, epoch=epoch)
+    return replace(current, epoch=epoch, move=None, destination=None, last=last)
+
+
+def boot(current: Ownership, *, node: str, incarnation: str) -> Ownership:
+    """BOOT: a restarted owner takes its unit back from its own earlier life."""
+    if current.owner != node or current.incarnation in (None, incarnation):
+        raise NotApplicable(f"not left behind by an earlier incarnation of {node}")
+    epoch = current.epoch + 1
+    return Ownership(owner=node, incarnation=incarnation, epoch=epoch, last=_aborting(current), fence=epoch)
+
+
+def bind(current: Ownership, *, node: str, incarnation: str) -> Ownership:
+    """BIND: the new owner names the incarnation that serves."""
+    if current.owner != node or current.incarnation is not None:
+        raise NotApplicable(f"not waiting for {node} to take it over")
+    return replace(current, incarnation=incarnation)
+
+
+def failover(current: Ownership, *, to: str) -> Ownership:
+    """FAILOVER: give a dead owner's unit to another node."""
+    if to == current.owner:
+        raise NotApplicable(f"{to} owns it already")
+    epoch = current.epoch + 1
+    return Ownership(owner=to, incarnation=None, epoch=epoch, last=_aborting(current), fence=epoch)
+
+
+def check(before: Ownership | None, after: Ownership) -> None:
+    """Raise InvariantViolated when `after` may not follow `before`, whoever wrote it."""
+    if (after.move is None) != (after.destination is None) or after.destination == after.owner:
+        raise InvariantViolated(f"lock names {after.move!r} -> {after.destination!r}, owner {after.owner}")
+    if before is None:
+        return
+    if after.epoch < before.epoch or after.epoch > before.epoch + 1:
+        raise InvariantViolated(f"epoch went from {before.epoch} to {after.epoch}")
+    if after.owner != before.owner and after.epoch != before.epoch + 1:
+        raise InvariantViolated(f"owner went from {before.owner} to {after.owner} within epoch {after.epoch}")
+    if after.last != before.last and after.epoch != before.epoch + 1:
+        raise InvariantViolated(f"outcome changed within epoch {after.epoch}")
+    if not before.fence <= after.fence <= after.epoch:
+        raise InvariantViolated(f"fence went from {before.fence} to {after.fence} in epoch {after.epoch}")
+
+
+def _aborting(current: Ownership) -> LastMove | None:
+    if current.move is None:
+        return current.last
+    return LastMove(move=current.move, outcome=Outcome.ABORTED, epoch=current.epoch + 1)
+
+
+def _ending(current: Ownership, move: str) -> str:
+    outcome = current.outcome_of(move)
+    return f"it was {outcome}" if outcome else f"epoch is now {current.epoch}"

@@ -1,0 +1,94 @@
+"""Every NATS subject, stream and key name, in one place.
+
+    ferry.<cluster>.cmd.<node>.<sender>            commands and queries for actors on a node
+    ferry.<cluster>.ctl.<node>.<verb>              the node's side of moves, and inspection
+    ferry.<cluster>.xfer.<node>.<move>             chunks of state on their way to a node
+    ferry.<cluster>.ev.<log>.<shard>.<actor>       the journal: one subject per actor, the truth
+    $KV.ferry-<cluster>-map.shard.<n>              who owns a shard
+    $KV.ferry-<cluster>-map.cluster                what the cluster was born with
+    $KV.ferry-<cluster>-leases.node.<id>           a live node
+    $KV.ferry-<cluster>-leases.leader              the leading coordinator
+
+Node, sender and verb stand in the subject so that server-side permissions can tell roles apart. The two
+buckets are ordinary NATS KV buckets: `nats kv ls ferry-<cluster>-map` works.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from routing.address import ActorId
+from routing.errors import InvalidInput
+
+_CLUSTER = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+CLUSTER_KEY = "cluster"
+SUSPENDED_KEY = "suspended"
+LEADER_KEY = "leader"
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """The names of one cluster. Raises InvalidInput for a cluster name that subjects cannot hold."""
+
+    cluster: str
+    logs: int = 4
+
+    def __post_init__(self) -> None:
+        if not _CLUSTER.fullmatch(self.cluster):
+            raise InvalidInput(f"cluster name {self.cluster!r} is malformed: use lower-case letters, digits, - and _")
+
+    # -- messages between processes ------------------------------------------------------------------------------
+    def command(self, node: str, sender: str) -> str:
+        return f"ferry.{self.cluster}.cmd.{node}.{sender}"
+
+    def control(self, node: str, verb: str) -> str:
+        return f"ferry.{self.cluster}.ctl.{node}.{verb}"
+
+    def transfer(self, node: str, move_id: str) -> str:
+        return f"ferry.{self.cluster}.xfer.{node}.{move_id}"
+
+    # -- the journal ---------------------------------------------------------------------------------------------
+    def log_of(self, shard: int) -> str:
+        """The stream that holds a shard's journal."""
+        return f"ferry-{self.cluster}-log-{shard % self.logs}"
+
+    def log_streams(self) -> list[tuple[str, str]]:
+        """(stream, the subjects it takes) of every log."""
+        return [(f"ferry-{self.cluster}-log-{k}", f"ferry.{self.cluster}.ev.{k}.>") for k in range(self.logs)]
+
+    def events(self, shard: int, actor: ActorId) -> str:
+        return f"ferry.{self.cluster}.ev.{shard % self.logs}.{shard}.{actor.token}"
+
+    # -- buckets -------------------------------------------------------------------------------------------------
+    @property
+    def map_bucket(self) -> str:
+        return f"ferry-{self.cluster}-map"
+
+    @property
+    def lease_bucket(self) -> str:
+        return f"ferry-{self.cluster}-leases"
+
+
+def shard_key(shard: int) -> str:
+    """The map's key of a shard, which is also the name of the shard as a unit of ownership."""
+    return f"shard.{shard}"
+
+
+def shard_of_key(key: str) -> int | None:
+    """The shard a map key is about, or None when the key is about something else."""
+    head, _, number = key.partition(".")
+    return int(number) if head == "shard" and number.isdigit() else None
+
+
+def node_key(node: str) -> str:
+    return f"node.{node}"
+
+
+def kv_stream(bucket: str) -> str:
+    return f"KV_{bucket}"
+
+
+def kv_subject(bucket: str, key: str) -> str:
+    return f"$KV.{bucket}.{key}"

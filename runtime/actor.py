@@ -1,0 +1,209 @@
+"""Writing an actor: subclass Actor, mark handlers with @command, @query and @event.
+
+    class Counter(Actor):
+        actor_type = "counter"
+
+        def __init__(self) -> None:
+            self.total = 0
+
+        @command
+        def add(self, *, amount: int) -> int:
+            if amount <= 0:
+                raise Rejected("amount must be positive")
+            self.emit("added", amount=amount)
+            return self.total
+
+        @event
+        def added(self, amount: int) -> None:
+            self.total += amount
+
+A command decides and emits events; an event changes state and must do the same on every replay: no clock, no
+random, no I/O. A query only reads. State is the instance's public attributes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import orjson
+from marshmallow import Schema
+
+from routing.address import ActorId
+from routing.errors import InvalidInput, InvariantViolated, Rejected, StateNotPortable, UnknownActorType, UnknownCommand
+
+__all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MARK = "__ferry_handler__"
+_SCALARS = (str, int, float, bool, type(None))
+
+
+def command(function: F) -> F:
+    """Marks a method that may change state, through `emit` alone. May be `async`. Its result is the reply."""
+    setattr(function, _MARK, "command")
+    return function
+
+
+def query(function: F) -> F:
+    """Marks a method that reads state and must not emit. May be `async`. Its result is the reply."""
+    setattr(function, _MARK, "query")
+    return function
+
+
+def event(function: F) -> F:
+    """Marks a method that applies one kind of event to the state; also called on replay. Never `async`."""
+    setattr(function, _MARK, "event")
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One marked method: its kind, the plain function and its signature without `self`."""
+
+    name: str
+    kind: str
+    function: Callable[..., Any]
+    signature: inspect.Signature
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raises InvalidInput when the arguments do not fit the signature."""
+        try:
+            self.signature.bind(**arguments)
+        except TypeError as error:
+            raise InvalidInput(f"{self.name}{self.signature}: {error}") from error
+
+
+class Actor:
+    """Base class of all actors. One instance is one live activation; at most one message runs in it at a time."""
+
+    actor_type: ClassVar[str] = ""
+    schema_version: ClassVar[int] = 1
+    state_schema: ClassVar[type[Schema] | None] = None
+    handlers: ClassVar[dict[str, Handler]] = {}
+
+    _emitted: list[list[Any]] | None = None  # collects while a command runs, None otherwise
+    _actor_id: ActorId | None = None
+
+    @property
+    def actor_id(self) -> ActorId:
+        """Who this is. Raises InvalidInput on an instance that no host activated."""
+        if self._actor_id is None:
+            raise InvalidInput(f"this {type(self).__name__} was made by hand: it has no id")
+        return self._actor_id
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        handlers = dict(cls.handlers)
+        for name, function in vars(cls).items():
+            kind = getattr(function, _MARK, None)
+            if kind is None:
+                continue
+            if kind == "event" and inspect.iscoroutinefunction(function):
+                raise InvalidInput(f"{cls.__name__}.{name}: an @event must not be async, for it is replayed")
+            signature = inspect.signature(function)
+            parameters = list(signature.parameters.values())[1:]
+            handlers[name] = Handler(name, kind, function, signature.replace(parameters=parameters))
+        cls.handlers = handlers
+
+    def emit(self, event_name: str, /, **values: Any) -> None:
+        """Record that something happened, and apply it. Only inside a @command.
+
+        Values are JSON-like; the event handler sees them as they will be read back, so live and replayed state agree.
+        """
+        if self._emitted is None:
+            raise InvalidInput(f"emit({event_name!r}) outside a @command: only commands change state")
+        try:
+            values = orjson.loads(orjson.dumps(values))
+        except TypeError as error:
+            raise InvalidInput(f"event {event_name!r} has a value that is not JSON-like: {error}") from error
+        self.apply(event_name, values)
+        self._emitted.append([event_name, values])
+
+    def apply(self, event_name: str, values: dict[str, Any]) -> None:
+        """Run the @event handler. Raises StateNotPortable when this class does not know the event."""
+        handler = self.handlers.get(event_name)
+        if handler is None or handler.kind != "event":
+            raise StateNotPortable(f"{type(self).__name__} has no @event named {event_name!r}: keep handlers of old events")
+        handler.function(self, **values)
+
+    def upgrade(self, state: Any, from_version: int) -> Any:
+        """Turn state captured under an older `schema_version` into this version's. Override when raising the version."""
+        raise StateNotPortable(
+            f"{self.actor_type} state of version {from_version} meets code of version {self.schema_version}:"
+            f" define upgrade() on {type(self).__name__}"
+        )
+
+
+class ActorClasses:
+    """The actor classes a process can activate, by actor type."""
+
+    def __init__(self, classes: Iterable[type[Actor]] = ()) -> None:
+        self._by_type: dict[str, type[Actor]] = {}
+        for actor_class in classes:
+            self.add(actor_class)
+
+    @classmethod
+    def load(cls, modules: Iterable[str]) -> ActorClasses:
+        """Import modules and take every Actor with an `actor_type` they define or import. Raises InvalidInput."""
+        found = cls()
+        for name in modules:
+            try:
+                module = importlib.import_module(name)
+            except ImportError as error:
+                raise InvalidInput(f"--actors {name}: cannot be imported ({error}); give an importable module") from error
+            classes = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Actor) and x.actor_type]
+            if not classes:
+                raise InvalidInput(f"--actors {name}: defines no Actor with an actor_type")
+            for actor_class in classes:
+                found.add(actor_class)
+        return found
+
+    def add(self, actor_class: type[Actor]) -> None:
+        ActorId(actor_class.actor_type, "check")
+        other = self._by_type.setdefault(actor_class.actor_type, actor_class)
+        if other is not actor_class:
+            raise InvalidInput(f"actor type {actor_class.actor_type!r} is defined twice: {other} and {actor_class}")
+
+    @property
+    def types(self) -> list[str]:
+        return sorted(self._by_type)
+
+    def get(self, actor_type: str) -> type[Actor]:
+        """Raises UnknownActorType."""
+        if actor_type not in self._by_type:
+            raise UnknownActorType(
+                f"actor type {actor_type!r} is unknown here: this node has {', '.join(self.types) or 'none'};"
+                " start it with --actors MODULE"
+            )
+        return self._by_type[actor_type]
+
+    def handler(self, actor_type: str, name: str) -> Handler:
+        """The @command or @query `name`. Raises UnknownActorType, UnknownCommand."""
+        actor_class = self.get(actor_type)
+        handler = actor_class.handlers.get(name)
+        if handler is None or handler.kind == "event":
+            known = sorted(h.name for h in actor_class.handlers.values() if h.kind != "event")
+            raise UnknownCommand(f"{actor_type} has no command {name!r}: it has {', '.join(known) or 'none'}")
+        return handler
+
+
+async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emitted: list[list[Any]]) -> Any:
+    """Run one command or query and return its reply, as it will be read back from JSON.
+
+    A command's events are added to `emitted` as [name, values], also when it raises: then the instance already has
+    them and must be discarded. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
+    """
+    if instance._emitted is not None:
+        raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
+    instance._emitted = emitted if handler.kind == "command" else None
+    try:
+        result = handler.function(instance, **arguments)
+        if inspect.isawaitable(result):
+            result = await result
+    finally:
+        instance._emitted = None
+    return result if isinstance(result, _SCALARS) else orjson.loads(orjson.dumps(result))

@@ -1,0 +1,340 @@
+"""The live actors of a node: which units it holds, and what it does with every command that arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, assert_never
+
+import structlog
+
+from routing import shard_map
+from routing.directory import Directory, MapEntry
+from routing.envelope import MAX_HOPS, Answer, Command, encode_command
+from routing.errors import (
+    Busy,
+    FerryError,
+    InDoubt,
+    Moved,
+    NotApplicable,
+    PermanentError,
+    Timeout,
+    TransientError,
+    Unavailable,
+    WrongSequence,
+)
+from routing.link import Link
+from routing.settings import Settings
+from routing.shard_map import Ownership
+from routing.subjects import Subjects
+from runtime.delivery import Delivery
+from runtime.live_actor import LiveActor
+from runtime.mailbox import Mailboxes
+from runtime.rules import Verdict, judge
+from runtime.unit import Buffer, Pause, Unit, UnitState
+
+log = structlog.get_logger("ferry.host")
+
+OPEN_RETRY_S = 0.05
+
+
+class Arrivals(Protocol):
+    """Actors staged by a move, to be taken over when the map hands their unit to this node."""
+
+    def take(self, unit: str, move: str) -> list[LiveActor]: ...
+
+    def forget_unless(self, unit: str, move: str | None) -> None: ...
+
+
+class Host:
+    """Holds units and their actors for one incarnation of one node.
+
+    Everything it does about ownership follows from `rules.judge` on the map's value; nothing follows from a message.
+    """
+
+    def __init__(
+        self, *, node_id: str, incarnation: str, link: Link, directory: Directory, subjects: Subjects,
+        settings: Settings, mailboxes: Mailboxes, arrivals: Arrivals, spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.node_id, self.incarnation = node_id, incarnation
+        self.units: dict[str, Unit] = {}
+        self.counters: Counter[str] = Counter()
+        self._link, self._directory, self._subjects, self._settings = link, directory, subjects, settings
+        self._mailboxes, self._arrivals, self._spawn = mailboxes, arrivals, spawn
+        self._clock, self._wall_clock = clock, wall_clock
+        self._outbox: deque[Coroutine[Any, Any, None]] = deque()
+        self._sending = False
+        mailboxes.attach(self)
+        directory.on_change(self._on_map)
+
+    # -- a command arrives -------------------------------------------------------------------------------------------
+    def deliver(self, delivery: Delivery) -> None:
+        """Queue a command for its actor, let it wait at the gate, or send it on to the owner. Never blocks."""
+        name = self._directory.unit_of(delivery.command.actor)
+        unit = self.units.get(name)
+        if unit is None:
+            unit = self._unit_for(name, delivery.command)
+            if unit is None:
+                self._send_on(name, delivery)
+                return
+        try:
+            if unit.state is UnitState.OPEN:
+                self._mailboxes.put(unit, delivery)
+            else:
+                unit.buffer.add(delivery)
+        except Busy as error:
+            self.counters["refused_busy"] += 1
+            self.answer(delivery, Answer(error=error, owner=self.node_id, epoch=unit.epoch))
+
+    def _unit_for(self, name: str, command: Command) -> Unit | None:
+        """A unit to wait in while it opens, when the map may give it to this node; None when it is another's."""
+        entry = self._directory.get(name)
+        if entry is not None and entry.ownership.owner != self.node_id and command.epoch <= entry.ownership.epoch:
+            return None
+        return self._start_opening(name)  # the sender knows a newer map than this node: read it before deciding
+
+    def serves(self, unit: str) -> bool:
+        """Whether a command for `unit` goes to this host without a network hop."""
+        return unit in self.units
+
+    async def ask(self, command: Command) -> Answer:
+        """Deliver a command of this very process and await its answer. The caller sets the deadline."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.deliver(Delivery(command=command, future=future))
+        return await future
+
+    def expired(self, command: Command) -> bool:
+        return self._wall_clock() * 1000 > command.expires_ms
+
+    # -- the map changes ---------------------------------------------------------------------------------------------
+    def _on_map(self, name: str, entry: MapEntry) -> None:
+        view = entry.ownership
+        unit = self.units.get(name)
+        verdict = judge(
+            view, node=self.node_id, incarnation=self.incarnation, held=unit.held if unit is not None else None
+        )
+        arrived = view.last.move if view.last is not None and view.owner == self.node_id else None
+        self._arrivals.forget_unless(name, view.move or arrived)
+        match verdict:
+            case Verdict.NOT_MINE:
+                if unit is not None:
+                    self._drop(unit)
+            case Verdict.BIND | Verdict.BOOT:
+                self._start_opening(name)
+            case Verdict.OPEN:
+                self._open(unit or self._start_opening(name), view)
+            case Verdict.KEEP:
+                assert unit is not None
+                self._keep(unit, view)
+            case Verdict.RESUME:
+                assert unit is not None
+                self._resume(unit, view)
+            case Verdict.RELOAD:
+                assert unit is not None
+                self._reload(unit, view)
+            case _:
+                assert_never(verdict)
+
+    def _start_opening(self, name: str) -> Unit:
+        unit = self.units.get(name)
+        if unit is None:
+            buffer = Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
+            unit = self.units[name] = Unit(name, buffer)
+            self._spawn(self._opening(unit))
+        return unit
+
+    async def _opening(self, unit: Unit) -> None:
+        """Read the map and write BIND or BOOT until the map says who owns the unit. Ends with the unit open or dropped."""
+        while unit.state is UnitState.OPENING:
+            try:
+                entry = await self._directory.refresh(unit.name)
+                if unit.state is not UnitState.OPENING:
+                    return  # the refresh itself opened or dropped it
+                if entry is None or entry.ownership.owner != self.node_id:
+                    self._drop(unit)
+                    return
+                change = self._taking_over(entry.ownership)
+                if change is None:
+                    self._open(unit, entry.ownership)
+                else:
+                    await self._directory.transition(unit.name, entry, change)
+            except (TransientError, InDoubt, NotApplicable) as error:
+                log.warning("opening goes on", unit=unit.name, error=str(error))
+                await asyncio.sleep(OPEN_RETRY_S)
+
+    def _taking_over(self, view: Ownership) -> Ownership | None:
+        """The value that makes this incarnation the serving one; None when it is already."""
+        if view.incarnation is None:
+            return shard_map.bind(view, node=self.node_id, incarnation=self.incarnation)
+        if view.incarnation != self.incarnation:
+            return shard_map.boot(view, node=self.node_id, incarnation=self.incarnation)
+        return None
+
+    def _open(self, unit: Unit, view: Ownership) -> None:
+        unit.ownership, unit.fence, unit.state = view, max(unit.fence, view.fence), UnitState.OPEN
+        unit.settled.set()
+        unit.locked_since_s = self._clock() if view.move is not None else None
+        if view.last is not None:
+            for live in self._arrivals.take(unit.name, view.last.move):
+                unit.actors.setdefault(live.actor_id, live)
+        log.info("unit open", unit=unit.name, epoch=view.epoch, actors=len(unit.actors), waiting=len(unit.buffer))
+        self._release(unit)
+
+    def _keep(self, unit: Unit, view: Ownership) -> None:
+        unit.ownership = view
+        if view.move is None or unit.pause is not None:
+            unit.locked_since_s = None
+        elif unit.locked_since_s is None:
+            unit.locked_since_s = self._clock()
+
+    def _resume(self, unit: Unit, view: Ownership) -> None:
+        log.info("unit resumes", unit=unit.name, epoch=view.epoch, waiting=len(unit.buffer))
+        unit.ownership, unit.pause, unit.locked_since_s, unit.state = view, None, None, UnitState.OPEN
+        self._release(unit)
+
+    def _reload(self, unit: Unit, view: Ownership) -> None:
+        log.warning("unit reloads: it may have had another owner in between", unit=unit.name, epoch=view.epoch)
+        waiting = unit.take_queued()
+        unit.actors.clear()
+        unit.buffer.put_first(waiting)
+        unit.pause, unit.fence = None, view.epoch
+        self._open(unit, view)
+
+    def _release(self, unit: Unit) -> None:
+        """Hand what waited to the mailboxes, oldest first."""
+        waiting = [*unit.take_queued(), *unit.buffer.take_all()]
+        for delivery in waiting:
+            self.deliver(delivery)
+
+    def _drop(self, unit: Unit) -> None:
+        """Forget the unit and send everything that waits in it to its owner, in order."""
+        waiting = [*unit.take_queued(), *unit.buffer.take_all()]
+        unit.state, unit.pause = UnitState.DROPPED, None
+        unit.settled.set()
+        unit.actors.clear()
+        del self.units[unit.name]
+        log.info("unit dropped", unit=unit.name, epoch=unit.epoch, forwarded=len(waiting))
+        for delivery in waiting:
+            self._send_on(unit.name, delivery)
+
+    async def opened(self, name: str, *, timeout_s: float) -> None:
+        """Wait until the unit is open here. Raises Timeout, or NotApplicable when the map gives it to another node."""
+        unit = self.units.get(name)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while unit is not None and unit.state is UnitState.OPENING:
+                    await unit.settled.wait()
+        except TimeoutError as error:
+            raise Timeout(f"{name} is not open here after {timeout_s:g} s") from error
+        if unit is None or unit.state is UnitState.DROPPED:
+            raise NotApplicable(f"{name} is not this node's")
+
+    # -- the gate, for handover --------------------------------------------------------------------------------------
+    async def close_gate(self, unit: Unit, move: str) -> None:
+        """Stop the unit's actors between two commands and keep what arrives. Idempotent per move.
+
+        Raises Busy when handlers still run after their time, with the gate left closed; NotApplicable when the unit
+        is not held, or is paused for another move.
+        """
+        if unit.state is UnitState.OPEN:
+            now_s = self._clock()
+            lease_s = now_s + self._settings.pause_lease_s
+            unit.pause = Pause(move=move, epoch=unit.epoch, began_s=now_s, lease_until_s=lease_s)
+            unit.state, unit.locked_since_s = UnitState.PAUSED, None
+        if unit.pause is None or unit.pause.move != move:
+            raise NotApplicable(f"{unit.name} is {unit.state} here, not paused for {move}")
+        await unit.quiet(self._settings.drain_handlers_s)
+        if unit.pause is not None and unit.pause.move == move:
+            unit.buffer.put_first(unit.take_queued())
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+    def answer(self, delivery: Delivery, answer: Answer) -> None:
+        self._post(delivery.answer(self._link, answer))
+
+    def send_on(self, delivery: Delivery) -> None:
+        """Give a delivery that this node can no longer serve to whoever can."""
+        self.deliver(delivery)
+
+    def _send_on(self, name: str, delivery: Delivery) -> None:
+        entry = self._directory.get(name)
+        command = delivery.command
+        if self.expired(command):
+            self.counters["expired"] += 1
+            return
+        owner = entry.ownership.owner if entry is not None else None
+        epoch = entry.ownership.epoch if entry is not None else 0
+        if owner in (None, self.node_id) or delivery.future is not None or command.hops >= MAX_HOPS:
+            moved = Moved(f"{name} is at {owner or 'no node'} (epoch {epoch})", owner=owner, epoch=epoch)
+            self.answer(delivery, Answer(error=moved, owner=owner, epoch=epoch))
+            return
+        self.counters["forwarded"] += 1
+        payload = encode_command(command.forwarded(epoch))
+        self._post(self._link.publish(self._subjects.command(str(owner), self.node_id), payload, reply=delivery.reply))
+
+    def _post(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Send in the order of the calls: a forwarded buffer must not be overtaken by the stragglers behind it."""
+        self._outbox.append(sending)
+        if not self._sending:
+            self._sending = True
+            self._spawn(self._send_outbox())
+
+    async def _send_outbox(self) -> None:
+        try:
+            while self._outbox:
+                try:
+                    await self._outbox.popleft()
+                except (Unavailable, Timeout, PermanentError) as error:
+                    # Whoever waits asks again under the same message id.
+                    self.counters["unsent"] += 1
+                    log.warning("not sent", error=str(error))
+        finally:
+            self._sending = False
+
+    # -- the map, for others -----------------------------------------------------------------------------------------
+    async def refresh(self, unit: str) -> None:
+        """Read the unit's map key from the leader and act on it. Raises Timeout, Unavailable."""
+        await self._directory.refresh(unit)
+
+    async def abort(self, unit: str, move: str) -> None:
+        """Write ABORT for a move that nobody drives on. Losing to its COMMIT, or to another ABORT, is fine."""
+        try:
+            await self._directory.decide(unit, lambda view: shard_map.abort(view, move=move))
+            log.warning("move aborted by its source", unit=unit, move=move)
+        except NotApplicable:
+            await self._directory.refresh(unit)
+
+    # -- time passes -------------------------------------------------------------------------------------------------
+    async def tick(self) -> None:
+        """Abort moves that have been left alone, and put idle actors to rest. Called a few times a second."""
+        now_s = self._clock()
+        for unit in list(self.units.values()):
+            pause, move = unit.pause, unit.ownership.move if unit.ownership else None
+            try:
+                if pause is not None and now_s > pause.lease_until_s:
+                    await self.abort(unit.name, pause.move)
+                elif move and unit.locked_since_s and now_s - unit.locked_since_s > self._settings.pause_lease_s:
+                    await self.abort(unit.name, move)
+            except (FerryError, WrongSequence) as error:
+                log.warning("abort not written yet", unit=unit.name, error=str(error))
+            if unit.state is UnitState.OPEN:
+                self._passivate(unit, now_s)
+
+    def _passivate(self, unit: Unit, now_s: float) -> None:
+        rested = [
+            live.actor_id for live in unit.actors.values()
+            if not live.running and not live.inbox and now_s - live.used_at_s > self._settings.passivate_after_s
+        ]  # fmt: skip
+        for actor_id in rested:
+            del unit.actors[actor_id]
+        self.counters["passivated"] += len(rested)
+
+    def inventory(self) -> dict[str, list[list[Any]]]:
+        """unit -> [[actor, bytes of its state when last encoded], ...] of its live actors."""
+        return {
+            unit.name: [[str(live.actor_id), live.state_bytes] for live in unit.actors.values()]
+            for unit in self.units.values()
+            if unit.actors
+        }

@@ -1,0 +1,141 @@
+"""The journal: one subject per actor, one message per command. The log is the truth.
+
+Each message names the sequences of all messages since the actor's latest snapshot (`trail`), and a snapshot rolls
+the subject up. So recovery is one "last message of the subject" read and, at once, the reads of the sequences it
+names: its cost does not depend on how much else is in the stream, as replaying by consumer does.
+
+    command     events, reply, command id        applied
+    rejection   error, command id                decided "no"; logged, or a late duplicate would apply after a "no"
+    claim       nothing                          "incarnation i owns this actor at epoch e": fences older owners
+    snapshot    state and answered commands      replaces all before it
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from routing.address import ActorId, shard_of
+from routing.errors import InvalidInput, StateNotPortable, Unavailable
+from routing.link import Entry, Link
+from routing.subjects import Subjects
+from runtime.codec import Frame, frame_header, frame_of, join, split
+
+LOAD_ATTEMPTS = 8  # a snapshot landing while we read removes what we are about to read; then start over
+
+
+class Kind(StrEnum):
+    COMMAND = "command"
+    REJECTION = "rejection"
+    CLAIM = "claim"
+    SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One message of an actor's log, without its sequence."""
+
+    kind: Kind
+    epoch: int
+    incarnation: str
+    trail: tuple[int, ...] = ()
+    message_id: str = ""
+    events: list[list[Any]] = field(default_factory=list)
+    reply: Any = None
+    error: dict[str, Any] | None = None
+    frame: Frame | None = None
+    answered: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """An actor's log from its latest snapshot on: (sequence, record) in order. `version` is the last sequence, 0: none."""
+
+    version: int
+    epoch: int
+    records: tuple[tuple[int, Record], ...]
+
+    @property
+    def trail(self) -> tuple[int, ...]:
+        return tuple(sequence for sequence, _ in self.records)
+
+
+class Journal:
+    """Appends to and reads the logs of actors. Every append names the sequence it follows."""
+
+    def __init__(self, link: Link, subjects: Subjects, *, shards_total: int, append_timeout_s: float) -> None:
+        self._link, self._subjects = link, subjects
+        self._shards_total, self._timeout_s = shards_total, append_timeout_s
+
+    async def append(self, actor: ActorId, record: Record, *, after: int) -> int:
+        """Store `record` after version `after`; returns the new version.
+
+        Raises WrongSequence (read the tail, then decide again), InDoubt (as well: it may land even later),
+        Unavailable (nothing was stored), PayloadTooLarge.
+        """
+        shard = shard_of(actor, self._shards_total)
+        return await self._link.append(
+            self._subjects.events(shard, actor), encode_record(record), expected=after, timeout_s=self._timeout_s,
+            rollup=record.kind is Kind.SNAPSHOT,
+        )  # fmt: skip
+
+    async def tail(self, actor: ActorId) -> tuple[int, Record] | None:
+        """The last message of the actor's log, from the leader. Raises Timeout, Unavailable."""
+        entry = await self._last(actor)
+        return None if entry is None else (entry.sequence, decode_record(entry.payload))
+
+    async def load(self, actor: ActorId) -> History:
+        """The log from its latest snapshot on. Raises Timeout, Unavailable, StateNotPortable for a damaged log."""
+        stream = self._subjects.log_of(shard_of(actor, self._shards_total))
+        for _ in range(LOAD_ATTEMPTS):
+            last = await self._last(actor)
+            if last is None:
+                return History(version=0, epoch=0, records=())
+            record = decode_record(last.payload)
+            earlier = await asyncio.gather(
+                *(self._link.read(stream, sequence, timeout_s=self._timeout_s) for sequence in record.trail)
+            )
+            present = [entry for entry in earlier if entry is not None]
+            if len(present) == len(earlier):
+                records = [(entry.sequence, decode_record(entry.payload)) for entry in present]
+                records.append((last.sequence, record))
+                return History(version=last.sequence, epoch=record.epoch, records=tuple(records))
+        raise Unavailable(f"log of {actor} changed {LOAD_ATTEMPTS} times while being read: try again")
+
+    async def _last(self, actor: ActorId) -> Entry | None:
+        shard = shard_of(actor, self._shards_total)
+        subject = self._subjects.events(shard, actor)
+        return await self._link.last(self._subjects.log_of(shard), subject, timeout_s=self._timeout_s)
+
+
+def encode_record(record: Record) -> bytes:
+    header: dict[str, Any] = {
+        "kind": record.kind, "epoch": record.epoch, "incarnation": record.incarnation, "trail": record.trail,
+    }  # fmt: skip
+    match record.kind:
+        case Kind.COMMAND:
+            header |= {"id": record.message_id, "events": record.events, "reply": record.reply}
+        case Kind.REJECTION:
+            header |= {"id": record.message_id, "error": record.error}
+        case Kind.SNAPSHOT:
+            assert record.frame is not None
+            header |= {"answered": record.answered, **frame_header(record.frame)}
+            return join(header, record.frame.body)
+    return join(header, b"")
+
+
+def decode_record(payload: bytes) -> Record:
+    """Raises StateNotPortable for anything `encode_record` of this or an older version did not write."""
+    try:
+        header, body = split(payload)
+        kind = Kind(header["kind"])
+        return Record(
+            kind=kind, epoch=int(header["epoch"]), incarnation=str(header["incarnation"]),
+            trail=tuple(header["trail"]), message_id=header.get("id", ""), events=header.get("events", []),
+            reply=header.get("reply"), error=header.get("error"), answered=header.get("answered", []),
+            frame=frame_of(header, body) if kind is Kind.SNAPSHOT else None,
+        )  # fmt: skip
+    except (InvalidInput, KeyError, TypeError, ValueError) as error:
+        raise StateNotPortable(f"log entry {payload[:80]!r} cannot be read by this version: {error}") from error

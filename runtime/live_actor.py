@@ -1,0 +1,151 @@
+"""One live activation: the instance, the version of its log it stands at, and what it remembers."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import structlog
+
+from routing import errors
+from routing.address import ActorId
+from routing.envelope import Answer, Command
+from routing.errors import FerryError, HandlerFailed, InvalidInput, PermanentError, Rejected
+from runtime import actor as actors
+from runtime.actor import Actor, Handler
+from runtime.codec import Frame, capture_state, digest_of, pack, restore_state, unpack
+from runtime.delivery import Delivery
+from runtime.journal import History, Kind, Record
+from runtime.memory import AnsweredCommands
+
+log = structlog.get_logger("ferry.actor")
+
+
+class LiveActor:
+    """An actor in memory.
+
+    Invariants: `instance` is exactly the state after the message `version` of its log, or `dirty` is set and nobody
+    reads it; at most one handler runs at a time; at most one append is in flight.
+    """
+
+    __slots__ = (
+        "actor_id", "answered", "dirty", "epoch", "inbox", "instance", "running", "state_bytes", "trail",
+        "unverified", "used_at_s", "version",
+    )  # fmt: skip
+
+    def __init__(self, actor_id: ActorId, *, used_at_s: float) -> None:
+        self.actor_id = actor_id
+        self.instance: Actor | None = None  # None until loaded
+        self.version = 0
+        self.epoch = 0  # of the last entry of its log
+        self.trail: tuple[int, ...] = ()
+        self.answered: AnsweredCommands | None = None
+        self.inbox: deque[Delivery] | None = None
+        self.running = False
+        self.dirty = True
+        self.unverified = False  # taken over from a move: compare with the log's tail before the first use
+        self.used_at_s = used_at_s
+        self.state_bytes = 0  # when last encoded; an estimate for plans
+
+    # -- standing at a version ---------------------------------------------------------------------------------------
+    def restore(self, actor_class: type[Actor], history: History, *, window: int, max_state_bytes: int) -> None:
+        """Become the state at the end of `history`. Raises StateNotPortable, PayloadTooLarge."""
+        instance, answered = actor_class(), AnsweredCommands(window)
+        for _, record in history.records:
+            if record.kind is Kind.SNAPSHOT:
+                assert record.frame is not None
+                state = unpack(record.frame, max_bytes=max_state_bytes)
+                self.state_bytes = len(state)
+                instance = restore_state(actor_class, state, record.frame.schema)
+                answered = AnsweredCommands.from_document(record.answered, window)
+            else:
+                replay(instance, answered, record)
+        self.stand_at(instance, answered, version=history.version, epoch=history.epoch, trail=history.trail)
+
+    def stand_at(
+        self, instance: Actor, answered: AnsweredCommands, *, version: int, epoch: int, trail: tuple[int, ...]
+    ) -> None:
+        instance._actor_id = self.actor_id
+        self.instance, self.answered = instance, answered
+        self.version, self.epoch, self.trail = version, epoch, trail
+        self.dirty = self.unverified = False
+
+    def stored(self, record: Record, version: int) -> None:
+        """`record`, whose events the instance already has, landed in the log as `version`."""
+        assert self.answered is not None
+        if record.kind in (Kind.COMMAND, Kind.REJECTION):
+            self.answered.add(record.message_id, record.reply, record.error)
+        self.trail = (version,) if record.kind is Kind.SNAPSHOT else (*self.trail, version)
+        self.version, self.epoch = version, record.epoch
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+    async def evaluate(self, handler: Handler, command: Command, *, epoch: int, incarnation: str) -> Record:
+        """Run a command on the instance and return what to append. A refusal by the actor is a record too.
+
+        Sets `dirty` when the handler failed: it may have changed the instance before it did.
+        """
+        assert self.instance is not None
+        common: dict[str, Any] = {
+            "epoch": epoch, "incarnation": incarnation, "trail": self.trail, "message_id": command.message_id,
+        }  # fmt: skip
+        events: list[list[Any]] = []
+        self.dirty = True
+        try:
+            reply = await actors.run(self.instance, handler, command.arguments, events)
+        except Exception as error:
+            self.dirty = bool(events) or not isinstance(error, Rejected)
+            refusal = as_refusal(error, self.actor_id, command.name)
+            return Record(kind=Kind.REJECTION, error=errors.to_wire(refusal), **common)
+        self.dirty = False
+        return Record(kind=Kind.COMMAND, events=events, reply=reply, **common)
+
+    async def ask(self, handler: Handler, command: Command) -> Answer:
+        """Run a query. Sets `dirty` when it failed: nothing vouches for the instance then."""
+        assert self.instance is not None
+        try:
+            return Answer(value=await actors.run(self.instance, handler, command.arguments, []))
+        except Exception as error:
+            self.dirty = not isinstance(error, Rejected)
+            return Answer(error=as_refusal(error, self.actor_id, command.name))
+
+    def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
+        """Raises StateNotPortable, PayloadTooLarge."""
+        assert self.instance is not None and self.answered is not None
+        return Record(
+            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, answered=self.answered.to_document(),
+            frame=self.frame(max_state_bytes),
+        )  # fmt: skip
+
+    def frame(self, max_state_bytes: int) -> Frame:
+        """The state as it travels. Raises StateNotPortable, PayloadTooLarge."""
+        assert self.instance is not None
+        state = capture_state(self.instance)
+        self.state_bytes = len(state)
+        return pack(
+            state, schema=self.instance.schema_version, digest=digest_of(state), max_bytes=max_state_bytes,
+            actor=self.actor_id,
+        )  # fmt: skip
+
+
+def replay(instance: Actor, answered: AnsweredCommands, record: Record) -> None:
+    """Apply one logged record to a state. Raises StateNotPortable when this code cannot."""
+    for name, values in record.events:
+        try:
+            instance.apply(name, values)
+        except PermanentError:
+            raise
+        except Exception as error:
+            raise errors.StateNotPortable(
+                f"@event {name} of {instance.actor_type} failed on replay: {type(error).__name__}: {error};"
+                " events must apply the same way every time"
+            ) from error
+    if record.kind in (Kind.COMMAND, Kind.REJECTION):
+        answered.add(record.message_id, record.reply, record.error)
+
+
+def as_refusal(error: Exception, actor_id: ActorId, name: str) -> FerryError:
+    """What the sender is told when a handler raised: Rejected and InvalidInput as they are, all else as HandlerFailed."""
+    if isinstance(error, (Rejected, InvalidInput)):
+        return error
+    log.error("handler failed", actor=str(actor_id), command=name, exc_info=error)
+    return HandlerFailed(f"{name!r} of {actor_id} raised {type(error).__name__}: {error}; nothing was applied")

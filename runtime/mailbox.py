@@ -1,0 +1,245 @@
+"""The inboxes of live actors: one command at a time per actor, each decided, appended, applied, answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, assert_never
+
+import structlog
+
+from routing.envelope import Answer
+from routing.errors import (
+    Busy,
+    InDoubt,
+    InvalidInput,
+    PayloadTooLarge,
+    PermanentError,
+    Quarantined,
+    StateNotPortable,
+    Timeout,
+    Unavailable,
+    WrongSequence,
+    to_wire,
+)
+from routing.settings import Settings
+from runtime.actor import ActorClasses, Handler
+from runtime.delivery import Delivery
+from runtime.journal import Journal, Kind, Record
+from runtime.live_actor import LiveActor
+from runtime.rules import Standing, compare
+from runtime.unit import Unit, UnitState
+
+if TYPE_CHECKING:
+    from runtime.host import Host
+
+log = structlog.get_logger("ferry.mailbox")
+
+RETRY_FIRST_S, RETRY_MOST_S = 0.01, 0.5
+
+
+class _Fenced(Exception):
+    """The log holds a higher epoch than this node serves at: whoever wrote it owns the actor now."""
+
+
+class Mailboxes:
+    """Runs the inboxes of all actors of a host. A mailbox is a task only while its inbox is not empty."""
+
+    def __init__(
+        self, *, journal: Journal, classes: ActorClasses, settings: Settings, incarnation: str,
+        may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any], clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._journal, self._classes, self._settings = journal, classes, settings
+        self._incarnation, self._may_serve, self._spawn, self._clock = incarnation, may_serve, spawn, clock
+        self._host: Host
+
+    def attach(self, host: Host) -> None:
+        self._host = host
+
+    def put(self, unit: Unit, delivery: Delivery) -> None:
+        """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""
+        actor_id = delivery.command.actor
+        live = unit.actors.get(actor_id)
+        if live is None:
+            live = unit.actors[actor_id] = LiveActor(actor_id, used_at_s=self._clock())
+        if live.inbox is None:
+            live.inbox = deque()
+        if len(live.inbox) >= self._settings.mailbox_messages:
+            raise Busy(f"{len(live.inbox)} commands wait for {actor_id} already: retry shortly", retry_after_s=0.05)
+        live.inbox.append(delivery)
+        if not live.running:
+            live.running = True
+            unit.mailbox_started()
+            self._spawn(self._run(unit, live))
+
+    async def _run(self, unit: Unit, live: LiveActor) -> None:
+        try:
+            while live.inbox and unit.state is UnitState.OPEN:
+                delivery = live.inbox.popleft()
+                await self._serve(unit, live, delivery)
+        finally:
+            live.running = False
+            live.used_at_s = self._clock()
+            unit.mailbox_stopped()
+            if not live.inbox:
+                live.inbox = None
+                if live.instance is None and unit.actors.get(live.actor_id) is live:
+                    del unit.actors[live.actor_id]  # it never came to life: do not count it as one
+
+    async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery) -> None:
+        """Answer one delivery, or send it on when the unit is lost while it waits. Keeps trying while neither is known."""
+        command, pause_s, maybe_landed = delivery.command, RETRY_FIRST_S, False
+        try:
+            handler = self._classes.handler(command.actor.actor_type, command.name)
+            handler.check(command.arguments)
+        except InvalidInput as error:
+            self._answer(unit, delivery, Answer(error=error))
+            return
+        while True:
+            if unit.state is UnitState.DROPPED:
+                self._host.send_on(delivery)
+                return
+            if not maybe_landed and self._host.expired(command):
+                self._host.counters["expired"] += 1
+                return  # nobody waits for the answer, and nothing was appended
+            try:
+                if not self._may_serve():
+                    raise Unavailable("this node has lost its lease: it serves again when NATS answers")
+                answer = await self._decide(unit, live, handler, delivery)
+            except _Fenced:
+                await self._step_down(unit)
+            except InDoubt:
+                live.dirty = maybe_landed = True
+            except WrongSequence:
+                live.dirty = True
+            except (Unavailable, Timeout) as error:
+                live.dirty = True
+                if not maybe_landed and not self._may_serve():
+                    self._answer(unit, delivery, Answer(error=error))
+                    return
+            except PermanentError as error:
+                self._host.counters["failed_activations"] += 1
+                log.error("actor cannot serve", actor=str(command.actor), error=str(error))
+                self._answer(unit, delivery, Answer(error=error))
+                return
+            else:
+                self._answer(unit, delivery, answer)
+                if handler.kind == "command":
+                    await self._snapshot_when_due(unit, live)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RETRY_MOST_S)
+
+    async def _decide(self, unit: Unit, live: LiveActor, handler: Handler, delivery: Delivery) -> Answer:
+        """Bring the actor to the end of its log, then answer from memory, ask it, or append what it decides.
+
+        Raises InDoubt and WrongSequence when an append was not acknowledged: the command is then evaluated again on
+        what the log says, and never the same append sent again.
+        """
+        await self.make_current(unit, live)
+        command = delivery.command
+        if handler.kind == "query":
+            return await live.ask(handler, command)
+        assert live.answered is not None
+        known = live.answered.answer_to(command.message_id)
+        if known is not None:
+            self._host.counters["duplicates"] += 1
+            return known
+        record = await live.evaluate(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
+        try:
+            version = await self._journal.append(live.actor_id, record, after=live.version)
+        except PayloadTooLarge as error:
+            live.dirty = True
+            record = Record(
+                kind=Kind.REJECTION, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail,
+                message_id=command.message_id, error=to_wire(error),
+            )  # fmt: skip
+            version = await self._journal.append(live.actor_id, record, after=live.version)
+        live.stored(record, version)
+        self._host.counters["commands"] += 1
+        if record.error is not None:
+            self._host.counters["rejections"] += 1
+            answer = live.answered.answer_to(command.message_id)
+            assert answer is not None
+            return answer
+        return Answer(value=record.reply)
+
+    async def make_current(self, unit: Unit, live: LiveActor) -> None:
+        """Load, verify and claim as needed; afterwards the instance is the end of the log and ours to append to.
+
+        Raises _Fenced, Quarantined, StateNotPortable, UnknownActorType, and what reading and appending raise.
+        """
+        if live.unverified:
+            await self._verify(unit, live)
+        if live.dirty:
+            history = await self._journal.load(live.actor_id)
+            self._check(unit, live, history.version, history.epoch)
+            live.restore(
+                self._classes.get(live.actor_id.actor_type), history, window=self._settings.dedup_window,
+                max_state_bytes=self._settings.max_state_bytes,
+            )  # fmt: skip
+            self._host.counters["activations"] += 1
+        if live.epoch < unit.fence:
+            claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
+            live.dirty = True
+            version = await self._journal.append(live.actor_id, claim, after=live.version)
+            live.dirty = False
+            live.stored(claim, version)
+
+    async def _verify(self, unit: Unit, live: LiveActor) -> None:
+        """Compare an actor that came by a move with the end of its log: the log is the truth, the state a cache."""
+        tail = await self._journal.tail(live.actor_id)
+        version, record = tail if tail is not None else (0, None)
+        standing = self._check(unit, live, version, record.epoch if record is not None else 0)
+        live.dirty = standing is Standing.BEHIND
+        live.unverified = False
+
+    def _check(self, unit: Unit, live: LiveActor, version: int, epoch: int) -> Standing:
+        standing = compare(
+            held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch
+        )
+        match standing:
+            case Standing.FENCED:
+                raise _Fenced
+            case Standing.SHORTER:
+                self._host.counters["quarantined"] += 1
+                raise Quarantined(
+                    f"log of {live.actor_id} ends at {version}, but {live.version} was acknowledged: NATS lost data;"
+                    " restore its storage, then restart this node"
+                )
+            case Standing.CURRENT | Standing.BEHIND:
+                return standing
+            case _:
+                assert_never(standing)
+
+    async def _step_down(self, unit: Unit) -> None:
+        """The log says somebody else owns this unit: learn it from the map, which then drops or re-opens the unit."""
+        try:
+            await self._host.refresh(unit.name)
+        except (Timeout, Unavailable) as error:
+            log.warning("fenced, and the map cannot be read yet", unit=unit.name, error=str(error))
+
+    async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
+        """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
+        if len(live.trail) < self._settings.snapshot_every or live.dirty or unit.state is not UnitState.OPEN:
+            return
+        try:
+            record = live.snapshot(
+                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
+            )
+            version = await self._journal.append(live.actor_id, record, after=live.version)
+        except (WrongSequence, InDoubt):
+            live.dirty = True  # the next command reads what the log says
+        except Unavailable:
+            pass  # nothing was stored: the next command tries again
+        except (StateNotPortable, PayloadTooLarge) as error:
+            self._host.counters["snapshots_failed"] += 1
+            log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
+        else:
+            live.stored(record, version)
+            self._host.counters["snapshots"] += 1
+
+    def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
+        stamped = Answer(value=answer.value, error=answer.error, owner=self._host.node_id, epoch=unit.epoch)
+        self._host.answer(delivery, stamped)

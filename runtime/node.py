@@ -1,0 +1,306 @@
+"""One node: connects, takes its lease, serves commands and moves, drains, leaves.
+
+    start: link -> cluster's birth document -> lease -> map -> subscriptions
+    drain: announce "draining" -> the coordinator moves every shard away -> "drained"
+    stop:  let running handlers finish -> give the lease back -> disconnect
+
+A kill -9 at any point loses nothing: every acknowledged command is in the journal, every unit is in the map.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import structlog
+
+from routing import control
+from routing.birth import found_or_join
+from routing.control import MIGRATION_REQUEST, STEP_REQUEST
+from routing.directory import Directory
+from routing.envelope import Answer, decode_command, encode_answer
+from routing.errors import FerryError, InDoubt, Incompatible, InvalidInput, TransientError
+from routing.lease import Lease, boottime_s
+from routing.link import Link, Message, Subscription
+from routing.membership import Membership, NodeState
+from routing.router import Router
+from routing.settings import Settings
+from routing.subjects import Subjects, node_key
+from runtime.actor import ActorClasses
+from runtime.arrivals import StagedActors
+from runtime.delivery import Delivery
+from runtime.handover import Handover
+from runtime.host import Host
+from runtime.journal import Journal
+from runtime.mailbox import Mailboxes
+
+log = structlog.get_logger("ferry.node")
+
+TICK_S = 0.2
+STOP_S = 5.0  # handlers still running after this are abandoned; their commands were not acknowledged
+
+
+class Node:
+    """A node process without its process: give it links and a clock, and it runs on any event loop."""
+
+    def __init__(
+        self, settings: Settings, *, link: Link, transfer_link: Link, classes: ActorClasses, weight: float = 1.0,
+        role: str = "", incarnation: str | None = None, clock: Callable[[], float] = boottime_s,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        if not settings.node_id:
+            raise InvalidInput("a node needs an id: give --id or set FERRY_NODE_ID")
+        if weight <= 0:
+            raise InvalidInput(f"weight {weight:g} of node {settings.node_id}: must be greater than 0")
+        self.id, self.incarnation = settings.node_id, incarnation or uuid.uuid4().hex
+        self.state = NodeState.UP
+        self._settings, self._link, self._transfer_link, self._classes = settings, link, transfer_link, classes
+        self._weight, self._role, self._clock, self._wall_clock = weight, role, clock, wall_clock
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: list[Subscription] = []
+        self._failed: asyncio.Future[None] | None = None
+        self.host: Host
+        self.router: Router
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Raises Incompatible, Unavailable, Timeout; InvalidInput when the id is in use by a living node."""
+        settings = self._settings
+        self._failed = asyncio.get_running_loop().create_future()
+        born = await found_or_join(self._link, settings)
+        subjects = self._subjects = Subjects(settings.cluster, born.logs)
+        self._lease = Lease(
+            self._link, subjects.lease_bucket, node_key(self.id), incarnation=self.incarnation,
+            ttl_s=settings.node_lease_s, clock=self._clock,
+        )  # fmt: skip
+        await self._take_lease()
+        self._directory = Directory(
+            self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s
+        )
+        self._membership = Membership(self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock)
+        journal = Journal(
+            self._link, subjects, shards_total=born.shards, append_timeout_s=settings.append_timeout_s
+        )
+        self._arrivals = StagedActors(classes=self._classes, settings=settings, clock=self._clock)
+        mailboxes = Mailboxes(
+            journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation,
+            may_serve=lambda: self._lease.trusted, spawn=self.spawn, clock=self._clock,
+        )  # fmt: skip
+        self.host = Host(
+            node_id=self.id, incarnation=self.incarnation, link=self._link, directory=self._directory,
+            subjects=subjects, settings=settings, mailboxes=mailboxes, arrivals=self._arrivals, spawn=self.spawn,
+            clock=self._clock, wall_clock=self._wall_clock,
+        )  # fmt: skip
+        self._handover = Handover(
+            host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, link=self._link,
+            transfer_link=self._transfer_link, directory=self._directory, subjects=subjects, settings=settings,
+            clock=self._clock,
+        )  # fmt: skip
+        self.router = Router(
+            self._link, self._directory, subjects, sender=self.id, local=self.host, wall_clock=self._wall_clock,
+            max_command_bytes=settings.max_command_bytes,
+        )  # fmt: skip
+        self._verbs = self._control_verbs()
+        await self._subscribe(subjects)
+        await self._directory.start()
+        await self._membership.start()
+        self.spawn(self._keep_lease())
+        self.spawn(self._keep_ticking())
+        log.info("node up", node=self.id, incarnation=self.incarnation, actors=self._classes.types)
+
+    async def _take_lease(self) -> None:
+        """An earlier life of this node may still hold the lease; it runs out unless that life is not over."""
+        deadline_s = self._clock() + self._settings.node_lease_s + 2
+        first: int | None = None
+        while not await self._lease.hold(self._lease_document()):
+            _, sequence = await self._lease.holder()
+            first = first if first is not None else sequence
+            if sequence != first or self._clock() > deadline_s:
+                raise InvalidInput(f"node id {self.id!r} is in use by a living node: choose another --id")
+            await asyncio.sleep(TICK_S)
+
+    async def _subscribe(self, subjects: Subjects) -> None:
+        self._subscriptions = [
+            await self._link.subscribe(subjects.command(self.id, "*"), self._on_command),
+            await self._link.subscribe(subjects.control(self.id, "*"), self._on_control),
+            await self._transfer_link.subscribe(subjects.transfer(self.id, "*"), self._on_chunk),
+        ]
+
+    async def serve(self, stopping: asyncio.Event) -> None:
+        """Run until `stopping` is set, then drain and stop. Raises what made the node unable to go on."""
+        assert self._failed is not None
+        waiting = asyncio.ensure_future(stopping.wait())
+        try:
+            await asyncio.wait({waiting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            await self.drain()
+        finally:
+            waiting.cancel()
+            await self.stop()
+
+    async def drain(self) -> bool:
+        """Give every unit away. True when nothing is left; False when nobody could take it, or time ran out."""
+        await self._become(NodeState.DRAINING)
+        deadline_s = self._clock() + self._settings.drain_timeout_s
+        while self._owned() and self._clock() < deadline_s:
+            others = [m for m in self._membership.alive().values() if m.id != self.id and m.takes_shards]
+            if not others or self._membership.leader is None:
+                log.warning("stopping with units left: nobody takes them now", node=self.id, units=self._owned())
+                return False
+            await asyncio.sleep(TICK_S / 2)
+        return not self._owned()
+
+    async def stop(self) -> None:
+        """Stop serving, give the lease back, disconnect. Idempotent."""
+        for subscription in [*self._subscriptions, self._directory, self._membership]:
+            try:
+                await subscription.stop()
+            except TransientError as error:
+                log.warning("not unsubscribed", error=str(error))
+        self._subscriptions = []
+        running = [unit for unit in self.host.units.values() if unit.running]
+        await asyncio.gather(*(unit.quiet(STOP_S) for unit in running), return_exceptions=True)
+        try:
+            await self._lease.release()
+        except TransientError as error:
+            log.warning("lease not released: it runs out by itself", error=str(error))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._transfer_link.close()
+        await self._link.close()
+        log.info("node stopped", node=self.id)
+
+    def _owned(self) -> int:
+        return sum(1 for entry in self._directory.entries().values() if entry.ownership.owner == self.id)
+
+    async def _become(self, state: NodeState) -> None:
+        self.state = state
+        try:
+            await self._lease.hold(self._lease_document())
+        except TransientError as error:
+            log.warning("state not announced yet", state=state, error=str(error))
+
+    # -- what runs all the time --------------------------------------------------------------------------------------
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a task of this node. A bug in one ends the node, loudly; an error of the tree is logged."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        log.critical("node cannot go on", node=self.id, exc_info=task.exception())
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(task.exception() or FerryError("unknown"))
+
+    async def _keep_lease(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease.renew_every_s)
+            try:
+                if not await self._lease.hold(self._lease_document()):
+                    raise Incompatible(f"node id {self.id!r} was taken by another process: stop one of the two")
+            except (TransientError, InDoubt) as error:
+                log.warning("lease not renewed", node=self.id, trusted=self._lease.trusted, error=str(error))
+
+    async def _keep_ticking(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self.host.tick()
+            self._arrivals.forget_silent()
+            self._handover.forget_resolved()
+            if self.state is NodeState.DRAINING and not self._owned():
+                await self._become(NodeState.DRAINED)
+
+    def _lease_document(self) -> dict[str, Any]:
+        return {
+            "state": self.state, "weight": self._weight, "role": self._role, "types": self._classes.types,
+            "host": socket.gethostname(), "pid": os.getpid(), "version": ferry_version(),
+        }  # fmt: skip
+
+    # -- what arrives ------------------------------------------------------------------------------------------------
+    def _on_command(self, message: Message) -> None:
+        try:
+            command = decode_command(message.payload, max_bytes=self._settings.max_command_bytes)
+        except InvalidInput as error:
+            self.host.counters["malformed"] += 1
+            log.warning("command refused", subject=message.subject, error=str(error))
+            if message.reply:
+                self.spawn(self._reply(message.reply, encode_answer(Answer(error=error))))
+            return
+        self.host.deliver(Delivery(command=command, size_bytes=len(message.payload), reply=message.reply))
+
+    def _on_control(self, message: Message) -> None:
+        self.spawn(self._control(message.subject.rpartition(".")[2], message))
+
+    async def _control(self, verb: str, message: Message) -> None:
+        try:
+            schema, run = self._verbs.get(verb, (None, None))
+            if run is None:
+                raise InvalidInput(f"verb {verb!r} is unknown here: upgrade this node")
+            result: dict[str, Any] | Exception = await run(control.decode(message.payload, schema))
+        except FerryError as error:
+            log.info("refused", verb=verb, error=str(error))
+            result = error
+        if message.reply:
+            await self._reply(message.reply, control.encode_result(result))
+
+    def _on_chunk(self, message: Message) -> None:
+        result: dict[str, Any] | Exception = {}
+        try:
+            self._arrivals.receive(message.payload)
+        except FerryError as error:
+            result = error
+        self.spawn(self._reply(message.reply, control.encode_result(result), link=self._transfer_link))
+
+    async def _reply(self, reply: str, payload: bytes, *, link: Link | None = None) -> None:
+        try:
+            await (link or self._link).publish(reply, payload)
+        except FerryError as error:
+            log.warning("answer not sent", error=str(error))  # whoever asked asks again
+
+    def _control_verbs(self) -> dict[str, tuple[Any, Callable[[Any], Coroutine[Any, Any, dict[str, Any]]]]]:
+        handover = self._handover
+        steps = ("pause", "capture", "serialize", "send", "await_ack", "commit", "resume", "verify", "activate")
+        return {
+            **{verb: (STEP_REQUEST, getattr(handover, verb)) for verb in steps},
+            "stage": (MIGRATION_REQUEST, handover.handle_migration_request),
+            "drain": (None, self._drain_asked),
+            "inventory": (None, self._inventory),
+            "status": (None, self._status),
+        }
+
+    async def _drain_asked(self, _: Any) -> dict[str, Any]:
+        if self.state is NodeState.UP:
+            await self._become(NodeState.DRAINING)
+        return {"state": self.state, "shards": self._owned()}
+
+    async def _inventory(self, _: Any) -> dict[str, Any]:
+        """`{"units": {unit: [[actor, bytes of its state], ...]}}` of the live actors."""
+        return {"units": self.host.inventory()}
+
+    async def _status(self, _: Any) -> dict[str, Any]:
+        units = self.host.inventory()
+        return {
+            "id": self.id, "incarnation": self.incarnation, "state": self.state, "shards": self._owned(),
+            "actors": sum(len(actors) for actors in units.values()), "staged": len(self._arrivals),
+            "paused": sorted(unit.name for unit in self.host.units.values() if unit.pause is not None),
+            "counters": dict(self.host.counters), "serving": self._lease.trusted,
+        }  # fmt: skip
+
+
+def ferry_version() -> str:
+    try:
+        return version("actor-ferry")
+    except PackageNotFoundError:
+        return "0+source"

@@ -1,0 +1,60 @@
+"""An actor on its way to another node: everything the destination needs to go on as if it had been there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from routing.address import ActorId
+from routing.errors import InvalidInput
+from runtime.actor import ActorClasses
+from runtime.codec import Frame, frame_header, frame_of, join, restore_state, split, unpack
+from runtime.live_actor import LiveActor
+from runtime.memory import AnsweredCommands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portable:
+    """State at a version of the log, with what the actor remembers of answered commands."""
+
+    actor_id: ActorId
+    version: int
+    epoch: int
+    trail: tuple[int, ...]
+    answered: list[list[Any]]
+    frame: Frame
+
+    def encode(self) -> bytes:
+        header = {
+            "actor": str(self.actor_id), "version": self.version, "epoch": self.epoch, "trail": self.trail,
+            "answered": self.answered, **frame_header(self.frame),
+        }  # fmt: skip
+        return join(header, self.frame.body)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Portable:
+        """Raises InvalidInput for anything that `encode` did not write."""
+        header, body = split(payload)
+        try:
+            return cls(
+                actor_id=ActorId.parse(header["actor"]), version=int(header["version"]), epoch=int(header["epoch"]),
+                trail=tuple(int(sequence) for sequence in header["trail"]), answered=list(header["answered"]),
+                frame=frame_of(header, body),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"transferred actor has a malformed header: {error}") from error
+
+    def activate(
+        self, classes: ActorClasses, *, window: int, max_state_bytes: int, used_at_s: float
+    ) -> LiveActor:
+        """An inactive actor to be verified against the log before its first use.
+
+        Raises StateNotPortable, UnknownActorType, PayloadTooLarge: the destination's code cannot take it over.
+        """
+        actor_class = classes.get(self.actor_id.actor_type)
+        instance = restore_state(actor_class, unpack(self.frame, max_bytes=max_state_bytes), self.frame.schema)
+        live = LiveActor(self.actor_id, used_at_s=used_at_s)
+        answered = AnsweredCommands.from_document(self.answered, window)
+        live.stand_at(instance, answered, version=self.version, epoch=self.epoch, trail=self.trail)
+        live.unverified, live.state_bytes = True, self.frame.state_bytes
+        return live

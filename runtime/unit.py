@@ -1,0 +1,128 @@
+"""One unit of ownership as a node holds it: its gate, the commands that wait at it, its live actors.
+
+                 judge: BIND, BOOT, OPEN                 pause
+    (not held) ──────────► OPENING ──────► OPEN ◄──────────────────► PAUSED
+                              ▲               │      judge: RESUME       │
+                              └───────────────┴────── judge: RELOAD ─────┤
+    (not held) ◄───────────────── judge: NOT_MINE ───────────────────────┘
+
+While OPENING or PAUSED every command waits in the buffer, in order of arrival. OPENING ends with the compare-and-set
+that the opener retries until the map answers; PAUSED ends only through the map, for which the node itself writes an
+ABORT when its pause lease runs out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+
+from routing.address import ActorId
+from routing.errors import Busy
+from routing.shard_map import Ownership
+from runtime.delivery import Delivery
+from runtime.live_actor import LiveActor
+from runtime.rules import Held
+
+
+class UnitState(StrEnum):
+    OPENING = "opening"
+    OPEN = "open"
+    PAUSED = "paused"
+    DROPPED = "dropped"  # no longer held; only tasks that still run can see it
+
+
+@dataclass(slots=True, kw_only=True)
+class Pause:
+    """A closed gate: for which move, since when and until when (both on the node's clock, seconds)."""
+
+    move: str
+    epoch: int
+    began_s: float
+    lease_until_s: float
+
+
+class Buffer:
+    """Commands waiting at a closed gate, bounded by count and bytes; over the bound the sender is told to come back."""
+
+    def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self._max_messages, self._max_bytes = max_messages, max_bytes
+        self._waiting: deque[Delivery] = deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, delivery: Delivery) -> None:
+        """Raises Busy when full."""
+        if len(self._waiting) >= self._max_messages or self._bytes + delivery.size_bytes > self._max_bytes:
+            raise Busy(f"{len(self._waiting)} commands wait for a move already: retry shortly", retry_after_s=0.05)
+        self._waiting.append(delivery)
+        self._bytes += delivery.size_bytes
+
+    def put_first(self, deliveries: list[Delivery]) -> None:
+        """What was queued before the gate closed goes before what came after; it was accepted, so no bound applies."""
+        self._waiting.extendleft(reversed(deliveries))
+        self._bytes += sum(delivery.size_bytes for delivery in deliveries)
+
+    def take_all(self) -> list[Delivery]:
+        taken, self._bytes = list(self._waiting), 0
+        self._waiting.clear()
+        return taken
+
+
+class Unit:
+    """A shard (or, later, a pinned actor) on this node."""
+
+    def __init__(self, name: str, buffer: Buffer) -> None:
+        self.name = name
+        self.state = UnitState.OPENING
+        self.ownership: Ownership | None = None  # as last judged; its epoch is the epoch this node appends with
+        self.fence = 0  # claims are due for actors whose log ends below this epoch
+        self.actors: dict[ActorId, LiveActor] = {}
+        self.buffer = buffer
+        self.pause: Pause | None = None
+        self.locked_since_s: float | None = None  # a lock in the map that no pause has followed yet
+        self.running = 0  # mailboxes at work
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self.settled = asyncio.Event()  # opened at least once, or dropped
+
+    @property
+    def epoch(self) -> int:
+        return self.ownership.epoch if self.ownership is not None else 0
+
+    @property
+    def held(self) -> Held | None:
+        if self.state is UnitState.OPEN:
+            return Held(self.epoch, None)
+        if self.state is UnitState.PAUSED and self.pause is not None:
+            return Held(self.pause.epoch, self.pause.move)
+        return None
+
+    def mailbox_started(self) -> None:
+        self.running += 1
+        self._quiet.clear()
+
+    def mailbox_stopped(self) -> None:
+        self.running -= 1
+        if self.running == 0:
+            self._quiet.set()
+
+    async def quiet(self, timeout_s: float) -> None:
+        """Wait until no handler or append runs. Raises Busy when that takes longer: the pause is asked for again."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._quiet.wait()
+        except TimeoutError as error:
+            raise Busy(f"{self.running} handlers of {self.name} still run after {timeout_s:g} s") from error
+
+    def take_queued(self) -> list[Delivery]:
+        """Empty every actor's inbox: what was accepted but not begun, per actor in order."""
+        queued: list[Delivery] = []
+        for live in self.actors.values():
+            if live.inbox:
+                queued.extend(live.inbox)
+            live.inbox = None
+        return queued

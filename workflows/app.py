@@ -1,0 +1,53 @@
+"""The Celery app and its settings, each with the reason for its value (measurements: docs/design.md)."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from routing.settings import Settings
+
+settings = Settings.load()
+
+app = Celery("ferry", broker=settings.redis_url, include=["workflows.migration"])
+
+# On Redis priority 0 is the highest. Steps of moves already begun go before new pauses: on one FIFO queue every
+# actor is paused for the whole rebalance (10.7 s where this takes 40 ms for 1,000 moves).
+PRIORITY_BEGUN = 0
+PRIORITY_PAUSE = 9
+
+app.conf.update(
+    task_serializer="json",
+    accept_content=["json"],
+    task_default_queue=f"ferry-{settings.cluster}",
+    # A step that was running when its worker died runs again; a poison step at most three times.
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    task_retry_on_worker_lost=True,
+    task_default_retry_delay=0.2,
+    # Steps pass ids only and their results are the records, so no result backend: a third less work for Redis.
+    task_ignore_result=True,
+    # For Flower.
+    task_track_started=True,
+    worker_send_task_events=True,
+    task_send_sent_event=True,
+    # Steps wait on NATS, so threads: a pool child cannot be lost, and a Redis restart does not end the worker.
+    worker_pool="threads",
+    worker_concurrency=8,
+    worker_prefetch_multiplier=1,
+    worker_soft_shutdown_timeout=10,
+    worker_hijack_root_logger=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_transport_options={
+        "visibility_timeout": settings.visibility_timeout_s,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 30,
+        "socket_timeout": 10,
+        "socket_keepalive": True,
+        "queue_order_strategy": "priority",
+        "priority_steps": [PRIORITY_BEGUN, PRIORITY_PAUSE],
+    },
+    task_publish_retry_policy={"max_retries": 30, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
+)

@@ -1,0 +1,197 @@
+"""What a step acts on: the map, the nodes, the records. One per worker process, made on first use."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from routing import control, shard_map
+from routing.birth import read_birth
+from routing.control import StepRequest
+from routing.directory import Directory, MapEntry
+from routing.errors import NotApplicable, Timeout, Unavailable, WrongSequence
+from routing.failpoints import Failpoints
+from routing.link import Link
+from routing.nats_link import NatsLink
+from routing.settings import Settings
+from routing.shard_map import Outcome
+from routing.subjects import Subjects
+from workflows.records import TERMINAL, ActorRow, MigrationStatus, Move, advance
+from workflows.store import RecordStore
+
+T = TypeVar("T")
+
+CONNECT_S = 5.0
+
+
+class StepContext:
+    """The world of a migration step. Knows nothing of Celery, so that tests and simulation drive steps directly."""
+
+    def __init__(
+        self, *, link: Link, subjects: Subjects, directory: Directory, store: RecordStore, settings: Settings,
+        failpoints: Failpoints | None = None, wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.link, self.subjects, self.directory, self.store = link, subjects, directory, store
+        self.settings, self.failpoints = settings, failpoints or Failpoints()
+        self.now = wall_clock
+
+    # -- asking a node -----------------------------------------------------------------------------------------------
+    async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0) -> dict[str, Any]:
+        """Ask a node for one verb of a move. Raises what the node reported, Unavailable, Timeout."""
+        request = StepRequest(
+            move=move.id, unit=move.unit, epoch=move.epoch or 0, source=move.source, destination=move.destination,
+            offset=offset,
+        )  # fmt: skip
+        return await control.ask(
+            self.link, self.subjects, node, verb, request, timeout_s=self.settings.step_timeout_s
+        )
+
+    async def ask_rows(self, node: str, verb: str, move: Move) -> list[dict[str, Any]]:
+        """Ask for a verb that answers with a row per actor, page by page."""
+        rows: list[dict[str, Any]] = []
+        offset: int | None = 0
+        while offset is not None:
+            page = await self.ask(node, verb, move, offset=offset)
+            rows.extend(page["rows"])
+            offset = page["next"]
+        return rows
+
+    # -- writing down ------------------------------------------------------------------------------------------------
+    async def reached(
+        self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
+    ) -> Move:
+        """Record that a move has reached a status. Raises WrongSequence when somebody else recorded meanwhile."""
+        return await self.store.save(advance(move, status, now=self.now(), **changes), actors=actors or [])
+
+    # -- the map -----------------------------------------------------------------------------------------------------
+    async def lock(self, move: Move) -> MapEntry:
+        """LOCK the unit for this move, or find it locked for it already.
+
+        The previous move of the unit is recorded first: the lock's own outcome will overwrite what the map says of
+        it. Raises NotApplicable when the unit has changed since the move was planned, WrongSequence, InDoubt.
+        """
+        entry = await self.directory.refresh(move.unit)
+        if entry is None:
+            raise NotApplicable(f"{move.unit} has no owner: nothing to move")
+        if entry.ownership.move == move.id:
+            return entry
+        if entry.revision != move.lock_revision or entry.ownership.outcome_of(move.id) is not None:
+            raise NotApplicable(f"{move.unit} has changed hands since this move was planned: plan again")
+        previous = entry.ownership.last
+        if previous is not None:
+            await self.settle(previous.move)
+        locked = shard_map.lock(entry.ownership, move=move.id, destination=move.destination)
+        return await self.directory.transition(move.unit, entry, locked)
+
+    async def settle(self, move_id: str, *, error: str | None = None) -> Move | None:
+        """End a move from what the map says of it, aborting it if it is still locked. Safe for anyone, any time.
+
+        completed     the map says committed, whatever went wrong afterwards: roll forward
+        rolled_back   the map says aborted, or never was locked for it (cancelled, if its plan was)
+
+        Raises Unavailable, Timeout, InDoubt: the outcome is not known yet, ask again.
+        """
+        move = await self.store.move(move_id)
+        if move is None or move.status in TERMINAL:
+            return move
+        outcome = await self._outcome(move)
+        if outcome is Outcome.COMMITTED:
+            return await self._end(move, MigrationStatus.COMPLETED)
+        plan = await self.store.plan(move.plan_id)
+        ended = MigrationStatus.CANCELLED if plan is not None and plan.cancelled else MigrationStatus.ROLLED_BACK
+        return await self._end(move, ended, error=error or move.error or "aborted: nobody drove it on in time")
+
+    async def _end(self, move: Move, status: MigrationStatus, **changes: Any) -> Move:
+        try:
+            return await self.reached(move, status, **changes)
+        except WrongSequence:
+            current = await self.store.move(move.id)
+            if current is not None and current.status in TERMINAL:
+                return current
+            raise  # it has only advanced a step: the next try settles it
+
+    async def _outcome(self, move: Move) -> Outcome:
+        """How the map ended this move; a lock still held is aborted, and one still in flight is fenced off."""
+        unit, move_id = move.unit, move.id
+
+        def change(view: shard_map.Ownership) -> shard_map.Ownership:
+            if view.move == move_id:
+                return shard_map.abort(view, move=move_id)
+            entry = self.directory.get(unit)
+            if entry is not None and entry.revision == move.lock_revision and view.outcome_of(move_id) is None:
+                return replace(view)  # the key unchanged, at a new revision: a LOCK still on its way is now refused
+            raise NotApplicable(f"{unit} is not locked for {move_id}")
+
+        try:
+            entry = await self.directory.decide(unit, change)
+        except NotApplicable:
+            entry = self.directory.get(unit)
+        if entry is None:
+            return Outcome.ABORTED
+        if move.lock_revision is not None and entry.revision < move.lock_revision:
+            raise Unavailable(f"{unit} was read at an old revision: read again")
+        return entry.ownership.outcome_of(move_id) or Outcome.ABORTED
+
+
+class Worker:
+    """The bridge from Celery's threads to one event loop with one NATS connection.
+
+    One per process id, made on first use: a forked pool child must not share its parent's connection, and nothing
+    connects at import. Celery has no native asyncio: an `async def` task is silently never run.
+    """
+
+    _current: Worker | None = None
+    _guard = threading.Lock()
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._pid = settings, os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._context: StepContext | None = None
+        self._connecting: asyncio.Lock | None = None
+        threading.Thread(target=self._loop.run_forever, name="ferry-worker-loop", daemon=True).start()
+
+    @classmethod
+    def get(cls, settings: Settings) -> Worker:
+        with cls._guard:
+            if cls._current is None or cls._current._pid != os.getpid():
+                cls._current = cls(settings)
+            return cls._current
+
+    def run(self, act: Callable[[StepContext], Coroutine[Any, Any, T]]) -> T:
+        """Run `act` on the loop and wait for it, at most the task time limit. Raises Timeout after that."""
+        future = asyncio.run_coroutine_threadsafe(self._run(act), self._loop)
+        try:
+            return future.result(timeout=self._settings.task_time_limit_s)
+        except TimeoutError as error:
+            future.cancel()
+            raise Timeout(f"step did not end within {self._settings.task_time_limit_s:g} s") from error
+
+    async def _run(self, act: Callable[[StepContext], Coroutine[Any, Any, T]]) -> T:
+        if self._connecting is None:
+            self._connecting = asyncio.Lock()
+        async with self._connecting:
+            if self._context is None:
+                self._context = await open_context(self._settings)
+        return await act(self._context)
+
+
+async def open_context(settings: Settings, *, name: str = "ferry-worker") -> StepContext:
+    """Connect to NATS and Redis. Raises Unavailable, Incompatible."""
+    link = await NatsLink.connect(settings.nats_url, name=name)
+    try:
+        born = await read_birth(link, settings.subjects)
+        subjects = Subjects(settings.cluster, born.logs)
+        directory = Directory(link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s)
+        store = RecordStore.connect(settings.redis_url, settings.cluster)
+        return StepContext(
+            link=link, subjects=subjects, directory=directory, store=store, settings=settings,
+            failpoints=Failpoints.from_environment(),
+        )  # fmt: skip
+    except BaseException:
+        await link.close()
+        raise

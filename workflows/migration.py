@@ -1,0 +1,254 @@
+"""The migration protocol: how one shard, with all its live actors, goes from one node to another while it is in use.
+
+    source        the node that owns the shard                       destination   the node that is to own it
+    map           who owns which shard; one compare-and-set a change epoch         grows with each change of ownership
+    gate          while closed, the shard's commands wait at the     LOCK, COMMIT, ABORT   see routing/shard_map.py
+                  source, in order
+
+A move is one Celery chain of six tasks. Each loads the move's record, asks a node over NATS, and saves the record by
+compare-and-set; tasks carry the move's id and nothing else, and state never passes through Celery or Redis.
+
+      worker                         source (a)                          destination (b)                     map
+    1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
+                  pause -----------> closes the gate, handlers finish
+    2 capture     capture ---------> state at the log's last sequence
+    3 serialize   serialize -------> bytes, digests, limits
+    4 send        send ------------> announces, sends what lacks ------> stages, inactive
+    5 await_ack   await_ack -------> asks -----------------------------> verifies, decodes
+    6 delete      commit ----------> COMMIT ----------------------------------------------------> b, e+1
+                                     hands over what waited -----------> BIND, serves --------------> b, ib, e+1
+      rollback    ABORT (loses against COMMIT: then roll forward) -----------------------------> a, e+1
+                  resume ----------> opens the gate, what waited first
+
+Why it is safe, in three sentences. COMMIT is written by the source itself with its gate closed, and COMMIT and ABORT
+start from the same revision of one key, so exactly one happens, whoever tries. The source leaves its pause only through
+the map, the destination serves only because of the map, and what was transferred is a cache that is compared with the
+actor's log before its first use. So a step may run twice, late, or days later, and a worker may die anywhere: a step
+that no longer applies returns quietly, and what nobody drives on is ended from the map (workflows/coordinator.py).
+
+Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+from celery import Task, chain
+
+from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError
+from routing.shard_map import Outcome
+from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
+from workflows.context import StepContext, Worker
+from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move
+
+log = structlog.get_logger("ferry.migration")
+
+STEP_RETRIES = 4  # then the move rolls back; with the back-off below that is 1.5 to 3 s, well within the pause lease
+RETRY_FIRST_S = 0.1
+
+
+# -- the six steps, in the order of time -------------------------------------------------------------------------------
+async def pause(context: StepContext, move: Move) -> Move:
+    """Lock the shard in the map and close its gate at the source.
+
+    Before: planned; the record names the revision of the map that LOCK must replace.
+    Does: LOCK, then the source stops the whole shard between two commands and keeps what arrives.
+    Safe to repeat because: a lock for this move is found, not taken twice; closing a closed gate does nothing.
+    Raises: NotApplicable when the shard changed hands since; Busy while handlers still run; Unavailable, Timeout.
+    Undo: ABORT opens the gate, what waited goes first.
+    """
+    entry = await context.lock(move)
+    locked = await context.store.save(replace(move, epoch=entry.ownership.epoch))
+    answer = await context.ask(move.source, "pause", locked)
+    return await context.reached(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
+
+
+async def capture(context: StepContext, move: Move) -> Move:
+    """Take the state of every live actor at the last sequence of its log.
+
+    Before: paused; no handler and no append runs at the source.
+    Does: the source notes version and digest of each actor; actors nobody has used stay in the log, at no cost.
+    Safe to repeat because: a captured shard is still, so the answer is the same.
+    Raises: StateNotPortable naming the actor that cannot be encoded; NotApplicable when the pause is over.
+    Undo: nothing to undo.
+    """
+    rows = await context.ask_rows(move.source, "capture", move)
+    actors = [
+        ActorRow(index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"])
+        for row in rows
+    ]
+    return await context.reached(move, MigrationStatus.CAPTURED, actors=actors, actors_total=len(actors))
+
+
+async def serialize(context: StepContext, move: Move) -> Move:
+    """Turn captured state into bytes, within the limits.
+
+    Before: captured.
+    Does: the source frames each state: schema version, codec, digest; a state over the limit ends the move.
+    Safe to repeat because: what is serialized already is kept.
+    Raises: PayloadTooLarge naming the actor and the setting; NotApplicable when the pause is over.
+    Undo: nothing to undo.
+    """
+    rows = await context.ask_rows(move.source, "serialize", move)
+    sizes = {row["index"]: row["state_bytes"] for row in rows}
+    known = await context.store.actors(move.id)
+    actors = [
+        ActorRow(
+            index=row.index, actor_id=row.actor_id, version=row.version, digest=row.digest,
+            state_bytes=sizes[row.index],
+        )
+        for row in known
+        if row.index in sizes
+    ]  # fmt: skip
+    return await context.reached(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=sum(sizes.values()))
+
+
+async def send(context: StepContext, move: Move) -> Move:
+    """Have the source send to the destination what that lacks.
+
+    Before: serialized.
+    Does: source -> destination over NATS: a manifest, then chunks, each acknowledged.
+    Safe to repeat because: chunks are idempotent under (move, actor, offset); what is there is not sent again.
+    Raises: UnknownActorType or PayloadTooLarge as the destination says; Unavailable when it is away.
+    Undo: the destination forgets when the map no longer names the move.
+    """
+    await context.ask(move.source, "send", move)
+    return await context.reached(move, MigrationStatus.SENT)
+
+
+async def await_ack(context: StepContext, move: Move) -> Move:
+    """Wait until the destination has verified every digest and decoded every state with its own code.
+
+    Before: sent.
+    Does: the source asks the destination and keeps its word; without it, it will not commit.
+    Safe to repeat because: verifying changes nothing.
+    Raises: StateNotPortable when the destination's code cannot take it; Unavailable when something is missing.
+    Undo: as for send.
+    """
+    await context.ask(move.source, "await_ack", move)
+    return await context.reached(move, MigrationStatus.ACKED)
+
+
+async def delete(context: StepContext, move: Move) -> Move:
+    """COMMIT: the destination owns the shard; the source hands over what waited, drops the actors, forwards stragglers.
+
+    Before: acked.
+    Does: the source writes COMMIT, forwards its buffer in order, and measures from closing its gate to the
+        destination's word that it serves: the blackout.
+    Safe to repeat because: the map names the outcome; a source that is gone, or has forgotten, is not needed any more.
+    Raises: Unavailable, Timeout while the outcome is open; NotApplicable when it was aborted.
+    Undo: none. This is the point of no return; from here only forward.
+    """
+    try:
+        answer = await context.ask(move.source, "commit", move)
+    except (NotApplicable, TransientError):
+        entry = await context.directory.refresh(move.unit)
+        if entry is None or entry.ownership.outcome_of(move.id) is not Outcome.COMMITTED:
+            raise
+        answer = {"blackout_ms": None, "waiting": None}
+    return await context.reached(
+        move, MigrationStatus.COMPLETED, blackout_ms=answer["blackout_ms"], messages_buffered=answer["waiting"]
+    )
+
+
+async def roll_back(context: StepContext, move_id: str, error: str | None) -> None:
+    """End a move whose step failed for good: ABORT, unless COMMIT was first. Both nodes are told to look at the map."""
+    move = await context.settle(move_id, error=error)
+    if move is None:
+        return
+    for node in (move.source, move.destination):
+        try:
+            await context.ask(node, "resume", move)
+        except (TransientError, PermanentError) as reason:
+            log.info("not told of the rollback, it will see the map", node=node, move=move_id, error=str(reason))
+
+
+# -- as Celery tasks -----------------------------------------------------------------------------------------------------
+Act = Callable[[StepContext, Move], Awaitable[Move]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step: its name, what it does, and how urgent it is."""
+
+    name: str
+    act: Act
+    priority: int
+
+
+CHAIN: tuple[Step, ...] = (
+    Step("pause", pause, PRIORITY_PAUSE),
+    Step("capture", capture, PRIORITY_BEGUN),
+    Step("serialize", serialize, PRIORITY_BEGUN),
+    Step("send", send, PRIORITY_BEGUN),
+    Step("await_ack", await_ack, PRIORITY_BEGUN),
+    Step("delete", delete, PRIORITY_BEGUN),
+)
+assert tuple(step.name for step in CHAIN) == STEPS
+
+
+async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
+    """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
+
+    A permanent error is written into the record before it rises, because the rollback runs elsewhere.
+    """
+    move = await context.store.move(move_id)
+    if move is None or move.status in TERMINAL or move.step != step.name:
+        log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
+        return
+    plan = await context.store.plan(move.plan_id) if step.name == STEPS[0] else None
+    if plan is not None and plan.cancelled:
+        await context.settle(move_id, error="its plan was cancelled")
+        return
+    context.failpoints.hit(f"{step.name}.begin")
+    try:
+        done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt))
+    except PermanentError as error:
+        latest = await context.store.move(move_id)
+        if latest is not None and latest.status not in TERMINAL:
+            await context.store.save(replace(latest, error=f"{step.name}: {error}"))
+        raise
+    context.failpoints.hit(f"{step.name}.end")
+    log.info("step done", step=step.name, move=move_id, unit=move.unit, status=done.status)
+
+
+def _task_for(step: Step) -> Any:
+    """The Celery task of a step. Transient errors are tried again with back-off and jitter, then the chain's errback runs."""
+
+    @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)  # type: ignore[untyped-decorator]
+    def task(self: Task, move_id: str) -> None:
+        retries = self.request.retries
+        try:
+            Worker.get(settings).run(lambda context: take(step, context, move_id, retries))
+        except (TransientError, InDoubt) as error:
+            countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
+            log.warning("step will be tried again", step=step.name, move=move_id, retries=retries, error=str(error))
+            raise self.retry(exc=error, countdown=countdown_s, priority=step.priority) from error
+
+    return task
+
+
+TASKS: dict[str, Any] = {step.name: _task_for(step) for step in CHAIN}
+
+
+@app.task(bind=True, name="workflows.migration.rollback", max_retries=STEP_RETRIES)  # type: ignore[untyped-decorator]
+def rollback(self: Task, move_id: str) -> None:
+    """The chain's errback, a task of its own with its own retries. The reconciler does the same if this one is lost."""
+    try:
+        Worker.get(settings).run(lambda context: roll_back(context, move_id, None))
+    except (TransientError, InDoubt) as error:
+        countdown_s = RETRY_FIRST_S * 2**self.request.retries * random.uniform(1, 2)
+        raise self.retry(exc=error, countdown=countdown_s) from error
+
+
+def launch(move: Move) -> None:
+    """Send a move's chain to the workers, from the step it waits for. Its task ids are in its record already."""
+    steps = [step for step in CHAIN if STEPS.index(step.name) >= STEPS.index(move.step or STEPS[0])]
+    signatures = [
+        TASKS[step.name].si(move.id).set(task_id=move.task_ids[step.name], priority=step.priority) for step in steps
+    ]
+    chain(*signatures).on_error(rollback.si(move.id).set(priority=PRIORITY_BEGUN)).apply_async()

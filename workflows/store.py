@@ -1,0 +1,403 @@
+"""Records in Redis: compare-and-set saves, the indexes to find them by, and the audit stream.
+
+Every change of a move is one script (workflows/store_keys.py), so a crash leaves either all of it or nothing: document,
+rows, indexes, counters and audit event never disagree. Nothing here decides who owns a shard: losing all of Redis loses
+reports, not actors.
+
+Every method raises Unavailable when Redis cannot serve it within `timeout_s` a round trip. A write may then have landed
+all the same: repeat it, and read the record again when that raises WrongSequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import fields, replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import orjson
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
+from workflows.records import (
+    TERMINAL,
+    ActorMigration,
+    ActorRow,
+    AuditEvent,
+    MigrationPlan,
+    MigrationStatus,
+    Move,
+    from_document,
+    parse_migration_id,
+    to_document,
+)
+from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
+
+CONNECTIONS = 16  # per process; more callers than that wait for one, at most `timeout_s`
+BATCH = 200  # moves written in one round trip: with forty actors each about 2 MB, far below any limit of Redis
+RUNNING_PLANS = 1_000  # read at once; one or two run as a rule
+PAGE = 32  # moves read in one round trip while looking for those that match
+AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgotten
+
+# What passes when Redis is started, failed over or given memory. Anything else it refuses is a mistake, and rises.
+_OUTAGES = (
+    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
+    exceptions.MasterDownError,
+)  # fmt: skip
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _translated(
+    method: Callable[Concatenate[RecordStore, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[RecordStore, P], Coroutine[Any, Any, T]]:
+    """Raise Unavailable for an outage of Redis."""
+
+    @wraps(method)
+    async def call(self: RecordStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(self, *args, **kwargs)
+        except _OUTAGES as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise Unavailable(
+                f"Redis at {self.address} does not serve ({reason}): start it, or correct FERRY_REDIS_URL"
+            ) from error
+
+    return call
+
+
+class RecordStore:
+    """The records of one cluster. Safe to share between tasks of one event loop, not between loops."""
+
+    def __init__(self, redis: Redis, cluster: str) -> None:
+        self._redis = redis
+        self._keys = Keys(cluster)
+        self._save_move = redis.register_script(SAVE_MOVE)
+        self._save_plan = redis.register_script(SAVE_PLAN)
+        self._delete_move = redis.register_script(DELETE_MOVE)
+
+    @classmethod
+    def connect(cls, url: str, cluster: str, *, timeout_s: float = 5.0) -> RecordStore:
+        """A store that connects when it is first used. Raises InvalidInput for a malformed URL.
+
+        A connection found dead is replaced once, because an idle one dies with every restart of Redis; a timeout is
+        not tried again, because the caller's deadline has passed by then.
+        """
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=CONNECTIONS,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
+            )
+        except ValueError as error:
+            raise InvalidInput(f"FERRY_REDIS_URL is malformed: {error}") from error
+        return cls(Redis.from_pool(pool), cluster)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    @property
+    def address(self) -> str:
+        """Where Redis is, without its password."""
+        known = self._redis.connection_pool.connection_kwargs
+        return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
+
+    @_translated
+    async def ping(self) -> None:
+        await self._redis.ping()
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+    @_translated
+    async def create_plan(
+        self, plan: MigrationPlan, moves: Sequence[Move], actors: Mapping[str, Sequence[ActorRow]]
+    ) -> list[Move]:
+        """Store a plan with its moves and their rows (`actors`: move id -> rows); return the moves as stored.
+
+        The plan's counts are the store's from here on. It is listed only once all its moves are stored: a crash on
+        the way leaves moves of status planned, which the reconciler ends, and no plan that looks smaller than it is.
+        Repeating the call with the same arguments is safe. Raises WrongSequence when a move was stored differently.
+        """
+        document = to_document(replace(plan, total=0, completed=0, failed=0))
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for name, value in document.items():
+                if value is not None:
+                    pipe.hsetnx(self._keys.plan(plan.id), name, orjson.dumps(value))
+            await pipe.execute()
+        stored = await self._save_all([(move, actors.get(move.id, ())) for move in moves])
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.zadd(self._keys.plans, {plan.id: plan.created_at})
+            if plan.finished_at is None:
+                pipe.zadd(self._keys.running, {plan.id: plan.created_at})
+            await pipe.execute()
+        return stored
+
+    @_translated
+    async def save_plan(self, plan: MigrationPlan) -> MigrationPlan:
+        """Write down that a plan was started, finished or cancelled; return the plan as stored.
+
+        Only `started_at`, `finished_at` (each once) and `cancelled` (never back) are written, so two writers cannot
+        undo each other. Raises NotApplicable when the plan is not stored.
+        """
+        document = to_document(plan)
+        flags = [orjson.dumps(document[name]) for name in ("started_at", "finished_at", "cancelled")]
+        await self._save_plan(keys=[self._keys.plan(plan.id), self._keys.running], args=[plan.id, *flags])
+        stored = await self._plan(plan.id)
+        if stored is None:
+            raise NotApplicable(f"plan {plan.id} is not stored (any more): list the plans again")
+        return stored
+
+    @_translated
+    async def plan(self, plan_id: str) -> MigrationPlan | None:
+        return await self._plan(plan_id)
+
+    @_translated
+    async def latest_plan(self) -> MigrationPlan | None:
+        return next(iter(await self._plans(await self._ids(self._keys.plans, 0, 1))), None)
+
+    @_translated
+    async def plans(self, limit: int = 100) -> list[MigrationPlan]:
+        """Newest first."""
+        return await self._plans(await self._ids(self._keys.plans, 0, limit))
+
+    @_translated
+    async def running_plans(self) -> list[MigrationPlan]:
+        """Those without `finished_at`, oldest first."""
+        return await self._plans(await self._ids(self._keys.running, 0, RUNNING_PLANS, oldest_first=True))
+
+    # -- moves -----------------------------------------------------------------------------------------------------
+    @_translated
+    async def save(self, move: Move, *, actors: Sequence[ActorRow] = ()) -> Move:
+        """Write a move and these of its rows in one round trip; return the move with its new revision.
+
+        Raises WrongSequence when `move.revision` is no longer the stored one: somebody wrote first, read again.
+        """
+        verdict = await self._save_move(**self._saving(move, actors))
+        return _accepted(move, verdict)
+
+    @_translated
+    async def save_many(self, moves: Sequence[Move]) -> list[Move]:
+        """Write moves, each as `save` does. Raises WrongSequence when some were refused; the others are written."""
+        return await self._save_all([(move, ()) for move in moves])
+
+    @_translated
+    async def move(self, move_id: str) -> Move | None:
+        return next(iter(await self._moves([move_id])), None)
+
+    @_translated
+    async def moves(
+        self, plan_id: str | None = None, limit: int = 100, status: MigrationStatus | None = None
+    ) -> list[Move]:
+        """Newest first."""
+        found: list[Move] = []
+        async with aclosing(self._pages(plan=plan_id, status=status)) as pages:
+            async for page in pages:
+                found.extend(page)
+                if len(found) >= limit:
+                    break
+        return found[: max(limit, 0)]
+
+    @_translated
+    async def unfinished_moves(self) -> list[Move]:
+        """Every move that is not terminal, oldest first: what a new leader has to drive on."""
+        members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
+        ids = [move_id.decode() for move_id in members]
+        found = [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
+        return sorted(found, key=lambda move: (move.created_at, move.id))
+
+    @_translated
+    async def actors(self, move_id: str) -> list[ActorRow]:
+        return (await self._rows([move_id]))[0]
+
+    # -- what users see --------------------------------------------------------------------------------------------
+    @_translated
+    async def migrations(
+        self, *, status: MigrationStatus | None = None, plan: str | None = None, actor: str | None = None,
+        shard: int | None = None, limit: int = 100,
+    ) -> list[ActorMigration]:  # fmt: skip
+        """Those that match everything given, the newest move first.
+
+        `actor` alone reads every move there is; with its shard as well it reads that shard's.
+        """
+        found: list[ActorMigration] = []
+        async with aclosing(self._pages(plan=plan, shard=shard, status=status)) as pages:
+            async for page in pages:
+                for move, rows in zip(page, await self._rows([move.id for move in page]), strict=True):
+                    found.extend(ActorMigration.of(move, row) for row in rows if actor in (None, row.actor_id))
+                if len(found) >= limit:
+                    break
+        return found[: max(limit, 0)]
+
+    @_translated
+    async def migration(self, migration_id: str) -> ActorMigration | None:
+        """Raises InvalidInput when the id is malformed."""
+        move_id, index = parse_migration_id(migration_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hget(self._keys.move(move_id), "document")
+            pipe.hget(self._keys.rows(move_id), str(index))
+            move, row = await pipe.execute()
+        if move is None or row is None:
+            return None
+        return ActorMigration.of(from_document(Move, move), from_document(ActorRow, row))
+
+    @_translated
+    async def audit(self, limit: int = 100) -> list[AuditEvent]:
+        """The latest changes of a move's status, newest first."""
+        entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
+        return [_audit_event(entry) for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
+
+    # -- housekeeping ----------------------------------------------------------------------------------------------
+    @_translated
+    async def trim(self, keep: int) -> int:
+        """Delete the oldest terminal moves with their rows until at most `keep` records are left; return how many went.
+
+        A record is an actor's row; a move without rows counts as one. Unfinished moves are never deleted.
+        """
+        deleted = 0
+        while (surplus := int(await self._redis.get(self._keys.records) or 0) - keep) > 0:
+            moves = await self._moves(await self._ids(self._keys.finished, 0, PAGE, oldest_first=True))
+            before = deleted
+            for move in moves:
+                if deleted - before < surplus:
+                    deleted += await self._delete(move)
+            if deleted == before:
+                break
+        return deleted
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+    async def _plan(self, plan_id: str) -> MigrationPlan | None:
+        return next(iter(await self._plans([plan_id])), None)
+
+    async def _plans(self, ids: Sequence[str]) -> list[MigrationPlan]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for plan_id in ids:
+                pipe.hgetall(self._keys.plan(plan_id))
+            hashes = await pipe.execute() if ids else []
+        return [_plan(stored) for stored in hashes if stored]
+
+    async def _moves(self, ids: Sequence[str]) -> list[Move]:
+        """Those of the moves that are still stored, in the order of `ids`."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for move_id in ids:
+                pipe.hget(self._keys.move(move_id), "document")
+            documents = await pipe.execute() if ids else []
+        return [from_document(Move, document) for document in documents if document is not None]
+
+    async def _rows(self, move_ids: Sequence[str]) -> list[list[ActorRow]]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for move_id in move_ids:
+                pipe.hvals(self._keys.rows(move_id))
+            stored = await pipe.execute() if move_ids else []
+        rows = ([from_document(ActorRow, document) for document in documents] for documents in stored)
+        return [sorted(of_one_move, key=lambda row: row.index) for of_one_move in rows]
+
+    async def _pages(
+        self, *, plan: str | None = None, shard: int | None = None, status: MigrationStatus | None = None
+    ) -> AsyncGenerator[list[Move], None]:
+        """The moves that match everything given, newest first, read from the narrowest index."""
+        if shard is not None:
+            index = self._keys.shard_moves(shard)
+        elif plan is not None:
+            index = self._keys.plan_moves(plan)
+        else:
+            index = self._keys.moves if status is None else self._keys.status_moves(status)
+        start, seen = 0, set[str]()
+        while ids := await self._ids(index, start, PAGE):
+            fresh = await self._moves([move_id for move_id in ids if move_id not in seen])
+            yield [
+                move
+                for move in fresh
+                if plan in (None, move.plan_id) and shard in (None, move.shard) and status in (None, move.status)
+            ]
+            seen.update(ids)  # A move created meanwhile shifts the index, and the next page repeats some.
+            start += PAGE
+
+    async def _ids(self, index: str, start: int, count: int, *, oldest_first: bool = False) -> list[str]:
+        """`count` ids of an index from position `start`, newest first."""
+        if count <= 0:
+            return []
+        ids = await self._redis.zrange(index, start, start + count - 1, desc=not oldest_first)
+        return [move_id.decode() for move_id in cast("list[bytes]", ids)]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+    async def _save_all(self, writes: Sequence[tuple[Move, Sequence[ActorRow]]]) -> list[Move]:
+        verdicts: list[list[int]] = []
+        for batch in _batches(writes, BATCH):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for move, rows in batch:
+                    await self._save_move(**self._saving(move, rows), client=pipe)
+                verdicts += await pipe.execute()
+        refused = [move.id for (move, _), (accepted, *_) in zip(writes, verdicts, strict=True) if not accepted]
+        if refused:
+            raise WrongSequence(
+                f"moves {', '.join(refused[:5])} ({len(refused)} in all) were saved by another: read again"
+            )
+        return [_accepted(move, verdict) for (move, _), verdict in zip(writes, verdicts, strict=True)]
+
+    def _saving(self, move: Move, actors: Sequence[ActorRow]) -> dict[str, Any]:
+        """Keys and arguments of SAVE_MOVE, in the order in which it reads them."""
+        keys = self._keys
+        outcome = (
+            "" if move.status not in TERMINAL else "completed" if move.status is MigrationStatus.COMPLETED else "failed"
+        )
+        document = orjson.dumps(to_document(replace(move, revision=move.revision + 1)))
+        rows = [part for row in actors for part in (str(row.index), orjson.dumps(to_document(row)))]
+        return {
+            "keys": [
+                keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
+                keys.shard_moves(move.shard), keys.status_prefix, keys.unfinished, keys.finished,
+                keys.plan(move.plan_id), keys.records, keys.audit,
+            ],
+            "args": [
+                move.id, move.revision, document, move.status.value, outcome,
+                move.created_at, _event(move), AUDIT_EVENTS, *rows,
+            ],
+        }  # fmt: skip
+
+    async def _delete(self, move: Move) -> int:
+        keys = self._keys
+        weight: int = await self._delete_move(
+            keys=[
+                keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
+                keys.shard_moves(move.shard), keys.status_moves(move.status), keys.finished,
+                keys.plan(move.plan_id), keys.plans, keys.running, keys.records,
+            ],
+            args=[move.id, move.plan_id],
+        )  # fmt: skip
+        return weight
+
+
+def _accepted(move: Move, verdict: Sequence[int]) -> Move:
+    accepted, *stored = verdict
+    if not accepted:
+        raise WrongSequence(f"move {move.id} is stored at revision {stored[0]}, not {move.revision}: read it again")
+    return replace(move, revision=move.revision + 1)
+
+
+def _plan(stored: Mapping[bytes, bytes]) -> MigrationPlan:
+    """Fields that were never set are not stored, so that the script can set them once."""
+    unset = dict.fromkeys(f.name for f in fields(MigrationPlan))
+    return from_document(MigrationPlan, unset | {name.decode(): orjson.loads(value) for name, value in stored.items()})
+
+
+def _event(move: Move) -> bytes:
+    """All of an audit event but the two statuses, which the script knows."""
+    named = ("plan_id", "unit", "source", "destination", "error")
+    shared = {name: getattr(move, name) for name in named}
+    return orjson.dumps({"at": move.step_at or move.created_at, "move_id": move.id, **shared})
+
+
+def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
+    statuses = {name: entry[name.encode()].decode() for name in ("before", "after")}
+    return from_document(AuditEvent, orjson.loads(entry[b"event"]) | statuses)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
