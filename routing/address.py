@@ -72,7 +72,7 @@ class ActorId:
 
 
 def shard_of(actor: ActorId, shards_total: int) -> int:
-    """The shard of an actor: xxHash64 of its text modulo the number of shards, which is fixed at the cluster's birth."""
+    """The shard of an actor: xxHash64 of its text modulo the number of shards, fixed at the cluster's birth."""
     return xxhash.xxh64_intdigest(str(actor).encode()) % shards_total
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import orjson
 
-from routing.errors import InDoubt, Incompatible, Unavailable, WrongSequence
+from routing.errors import Incompatible, InDoubt, Unavailable, WrongSequence
 from routing.link import Link, StreamSpec
 from routing.settings import Settings
 from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
@@ -36,10 +37,8 @@ async def found_or_join(link: Link, settings: Settings) -> Birth:
     await link.ensure_stream(map_stream, timeout_s=TIMEOUT_S)
     subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
     document = orjson.dumps({"shards": wanted.shards, "logs": wanted.logs, "wire": wanted.wire})
-    try:
+    with suppress(WrongSequence, InDoubt):  # born already, or we cannot tell: reading decides
         await link.append(subject, document, expected=0, timeout_s=TIMEOUT_S)
-    except (WrongSequence, InDoubt):
-        pass  # born already, or we cannot tell: reading decides
     born = await read_birth(link, subjects)
     for name in ("shards", "logs"):
         if getattr(born, name) != getattr(wanted, name):

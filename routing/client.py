@@ -1,8 +1,8 @@
 """What an application imports to talk to actors: `Cluster`, and `SyncCluster` for blocking code.
 
-    async with Cluster.connect("nats://127.0.0.1:4222", cluster="default") as cluster:
-        plane = cluster.actor("aircraft", "N14228")
-        flights = await plane.fly(distance=1400)
+async with Cluster.connect("nats://127.0.0.1:4222", cluster="default") as cluster:
+    plane = cluster.actor("aircraft", "N14228")
+    flights = await plane.fly(distance=1400)
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Cluster:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._directory is not None and self._link is not None
+        assert self._directory is not None
+        assert self._link is not None
         self._router = None
         await self._directory.stop()
         await self._link.close()
@@ -77,9 +78,7 @@ class Cluster:
     ) -> Any:  # fmt: skip
         """Send one command or query; returns the reply. `timeout` in seconds. Errors: see Router.send_message."""
         target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
-        return await self._open().send_message(
-            target, command, arguments, message_id=message_id, timeout_s=timeout
-        )
+        return await self._open().send_message(target, command, arguments, message_id=message_id, timeout_s=timeout)
 
     async def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
         """The node that owns the actor now (read from the map's leader), or None while nobody does."""
@@ -155,12 +154,11 @@ class SyncCluster:
         message_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S,
     ) -> Any:  # fmt: skip
         """As Cluster.send_message, blocking the calling thread for at most `timeout` seconds."""
-        return self._run(
-            self._cluster.send_message(actor, command, arguments, message_id=message_id, timeout=timeout)
-        )
+        return self._run(self._cluster.send_message(actor, command, arguments, message_id=message_id, timeout=timeout))
 
     def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
-        return self._run(self._cluster.get_actor_node(actor))
+        node: NodeId | None = self._run(self._cluster.get_actor_node(actor))
+        return node
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         # Everything the client awaits has its own deadline, so this wait is bounded too.

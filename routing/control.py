@@ -119,7 +119,7 @@ def decode(payload: bytes, schema: Schema | None = None) -> Any:
         document = orjson.loads(payload or b"{}")
         return schema.load(document) if schema is not None else _object(document)
     except ValidationError as error:
-        raise InvalidInput(f"malformed request: {error.normalized_messages()}") from error
+        raise InvalidInput(f"malformed request: {error.messages}") from error
     except ValueError as error:
         raise InvalidInput(f"request is not JSON: {error}") from error
 
@@ -153,4 +153,3 @@ def _object(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InvalidInput(f"expected a JSON object, got {type(document).__name__}")
     return document
-

@@ -1,25 +1,25 @@
 """Every error Ferry raises, in one tree.
 
-    FerryError
-    ├── TransientError          trying again may help; the only errors a Celery step retries
-    │   ├── Timeout             no answer in time, and nothing can have been changed by the question
-    │   ├── Unavailable         nobody can serve this now: no owner, no responder, no connection
-    │   ├── Busy                the receiver asks to come back after `retry_after_s`
-    │   ├── Moved               another node owns the actor; carries whom to ask
-    │   └── WrongSequence       a compare-and-set was refused: somebody wrote first, read again
-    ├── PermanentError          trying again the same way cannot help
-    │   ├── Rejected            the actor decided "no"; the decision is in its journal
-    │   ├── HandlerFailed       the actor's own code raised; logged like a rejection, nothing applied
-    │   ├── InvalidInput        a malformed id, argument, message or setting
-    │   │   ├── UnknownActorType
-    │   │   ├── UnknownCommand
-    │   │   └── PayloadTooLarge
-    │   ├── StateNotPortable    an actor's state cannot be encoded, or not decoded by this code
-    │   ├── Quarantined         the log is shorter than what was acknowledged: an operator must look
-    │   ├── NotApplicable       a step or transition that the map no longer allows
-    │   └── Incompatible        a server or cluster this version cannot work with
-    ├── InDoubt                 the outcome is unknown; send the same message id again to learn it
-    └── InvariantViolated       a bug in Ferry; caught only at the top of a process
+FerryError
+├── TransientError          trying again may help; the only errors a Celery step retries
+│   ├── Timeout             no answer in time, and nothing can have been changed by the question
+│   ├── Unavailable         nobody can serve this now: no owner, no responder, no connection
+│   ├── Busy                the receiver asks to come back after `retry_after_s`
+│   ├── Moved               another node owns the actor; carries whom to ask
+│   └── WrongSequence       a compare-and-set was refused: somebody wrote first, read again
+├── PermanentError          trying again the same way cannot help
+│   ├── Rejected            the actor decided "no"; the decision is in its journal
+│   ├── HandlerFailed       the actor's own code raised; logged like a rejection, nothing applied
+│   ├── InvalidInput        a malformed id, argument, message or setting
+│   │   ├── UnknownActorType
+│   │   ├── UnknownCommand
+│   │   └── PayloadTooLarge
+│   ├── StateNotPortable    an actor's state cannot be encoded, or not decoded by this code
+│   ├── Quarantined         the log is shorter than what was acknowledged: an operator must look
+│   ├── NotApplicable       a step or transition that the map no longer allows
+│   └── Incompatible        a server or cluster this version cannot work with
+├── InDoubt                 the outcome is unknown; send the same message id again to learn it
+└── InvariantViolated       a bug in Ferry; caught only at the top of a process
 """
 
 from __future__ import annotations

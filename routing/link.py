@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSpec:
-    """A stream as Ferry wants it. `ttl` allows per-message time to live; `keep` is messages kept per subject (0: all)."""
+    """A stream as Ferry wants it. `ttl` allows messages that expire; `keep` is messages kept per subject (0: all)."""
 
     name: str
     subjects: tuple[str, ...]
@@ -87,7 +87,7 @@ class Link(Protocol):
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
-        """The subject's last message, read from the stream's leader. None when there is none. Raises Timeout, Unavailable."""
+        """The subject's last message, read from the leader. None when there is none. Raises Timeout, Unavailable."""
 
     async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
         """The message at `sequence`, read from the leader. None when it was removed. Raises Timeout, Unavailable."""

@@ -90,15 +90,16 @@ class Router:
         if answer.owner is not None:
             self._learn(unit, answer.owner, answer.epoch)
         match answer.error:
-            case Moved() | Unavailable() | Busy() as error:
-                attempts.refused(error)
-                if not isinstance(error, Busy):
-                    await self._refresh(unit, attempts)
-                return None
-            case Timeout() | InDoubt() as error:
-                attempts.unknown(error)
-                return None
-        return answer
+            case Busy() as busy:
+                attempts.refused(busy)
+            case Moved() | Unavailable() as elsewhere:
+                attempts.refused(elsewhere)
+                await self._refresh(unit, attempts)
+            case Timeout() | InDoubt() as unknown:
+                attempts.unknown(unknown)
+            case _:
+                return answer
+        return None
 
     async def _ask(self, unit: str, command: Command, timeout_s: float) -> Answer:
         if self._local is not None and self._local.serves(unit):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Settings:
         """
         env = Env(eager=False, prefix="FERRY_")
         env.read_env(env_file, recurse=False)
-        read = {
+        read: dict[str, Any] = {
             "str": env.str, "int": env.int, "float": env.float, "bool": env.bool, "tuple[str, ...]": env.list,
         }  # fmt: skip
         values = {
@@ -98,9 +99,8 @@ class Settings:
         try:
             env.seal()
         except EnvValidationError as error:
-            raise InvalidInput(
-                "; ".join(f"{name}: {' '.join(why)}" for name, why in error.error_messages.items())
-            ) from error
+            wrong: Any = error.error_messages  # environs types them wider than it raises them
+            raise InvalidInput("; ".join(f"{name}: {' '.join(why)}" for name, why in wrong.items())) from error
         values.update({name: value for name, value in overrides.items() if value is not None})
         if "actors" in values:
             values["actors"] = tuple(module for module in values["actors"] if module)
@@ -149,6 +149,6 @@ def _time_problems(s: Settings) -> list[str]:
     return [
         f"FERRY_{shorter.upper()} ({getattr(s, shorter):g}) must be less than"
         f" FERRY_{longer.upper()} ({getattr(s, longer):g})"
-        for shorter, longer in zip(_LADDER, _LADDER[1:], strict=False)
+        for shorter, longer in pairwise(_LADDER)
         if getattr(s, shorter) >= getattr(s, longer)
     ]

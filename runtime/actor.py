@@ -127,11 +127,11 @@ class Actor:
         """Run the @event handler. Raises StateNotPortable when this class does not know the event."""
         handler = self.handlers.get(event_name)
         if handler is None or handler.kind != "event":
-            raise StateNotPortable(f"{type(self).__name__} has no @event named {event_name!r}: keep handlers of old events")
+            raise StateNotPortable(f"{type(self).__name__} has no @event {event_name!r}: keep handlers of old events")
         handler.function(self, **values)
 
     def upgrade(self, state: Any, from_version: int) -> Any:
-        """Turn state captured under an older `schema_version` into this version's. Override when raising the version."""
+        """Turn state captured under an older `schema_version` into this one's. Override when raising the version."""
         raise StateNotPortable(
             f"{self.actor_type} state of version {from_version} meets code of version {self.schema_version}:"
             f" define upgrade() on {type(self).__name__}"
@@ -154,8 +154,9 @@ class ActorClasses:
             try:
                 module = importlib.import_module(name)
             except ImportError as error:
-                raise InvalidInput(f"--actors {name}: cannot be imported ({error}); give an importable module") from error
-            classes = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Actor) and x.actor_type]
+                raise InvalidInput(f"--actors {name}: cannot be imported ({error}); name a module") from error
+            classes = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Actor)]
+            classes = [actor_class for actor_class in classes if actor_class.actor_type]
             if not classes:
                 raise InvalidInput(f"--actors {name}: defines no Actor with an actor_type")
             for actor_class in classes:

@@ -67,7 +67,8 @@ class StagedActors:
             limit = self._settings.max_state_bytes
             if row.state_bytes > limit or row.transfer_bytes > limit + HEADER_ALLOWANCE_BYTES:
                 raise PayloadTooLarge(
-                    f"state of {row.actor_id} is {row.state_bytes} bytes: this node takes {limit} (FERRY_MAX_STATE_BYTES)"
+                    f"state of {row.actor_id} is {row.state_bytes} bytes:"
+                    f" this node takes {limit} (FERRY_MAX_STATE_BYTES)"
                 )
             known = staging.actors.get(row.index)
             if known is None or known.row != row:

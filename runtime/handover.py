@@ -76,7 +76,7 @@ class Handover:
 
     # -- source ------------------------------------------------------------------------------------------------------
     async def pause(self, request: StepRequest) -> dict[str, Any]:
-        """Close the gate of the whole unit and let running handlers and appends finish. Answers `{"actors", "waiting"}`.
+        """Close the gate of the whole unit and let what runs finish. Answers `{"actors", "waiting"}`.
 
         The whole unit, not only its live actors: otherwise a message would activate one in the middle of the move.
         """
@@ -141,7 +141,8 @@ class Handover:
 
     def _portable(self, captured: _Captured) -> Portable:
         live = captured.live
-        assert live.instance is not None and live.answered is not None
+        assert live.instance is not None
+        assert live.answered is not None
         frame = pack(
             captured.state, schema=live.instance.schema_version, digest=captured.digest,
             max_bytes=self._settings.max_state_bytes, actor=live.actor_id,
@@ -233,7 +234,7 @@ class Handover:
         return answer
 
     async def _write_commit(self, request: StepRequest) -> None:
-        """Write COMMIT, once. A write of unknown fate leaves the gate closed and is settled by reading the map again."""
+        """Write COMMIT, once. A write of unknown fate leaves the gate closed and is settled by reading again."""
 
         def change(view: shard_map.Ownership) -> shard_map.Ownership:
             if view.outcome_of(request.move) is Outcome.COMMITTED:

@@ -147,7 +147,7 @@ class Host:
         return unit
 
     async def _opening(self, unit: Unit) -> None:
-        """Read the map and write BIND or BOOT until the map says who owns the unit. Ends with the unit open or dropped."""
+        """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
         while unit.state is UnitState.OPENING:
             try:
                 entry = await self._directory.refresh(unit.name)

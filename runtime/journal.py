@@ -51,7 +51,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """An actor's log from its latest snapshot on: (sequence, record) in order. `version` is the last sequence, 0: none."""
+    """An actor's log from its latest snapshot on: (sequence, record) in order. `version` is the last one, 0: none."""
 
     version: int
     epoch: int

@@ -110,7 +110,8 @@ class LiveActor:
 
     def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
         """Raises StateNotPortable, PayloadTooLarge."""
-        assert self.instance is not None and self.answered is not None
+        assert self.instance is not None
+        assert self.answered is not None
         return Record(
             kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, answered=self.answered.to_document(),
             frame=self.frame(max_state_bytes),
@@ -144,7 +145,7 @@ def replay(instance: Actor, answered: AnsweredCommands, record: Record) -> None:
 
 
 def as_refusal(error: Exception, actor_id: ActorId, name: str) -> FerryError:
-    """What the sender is told when a handler raised: Rejected and InvalidInput as they are, all else as HandlerFailed."""
+    """What the sender is told when a handler raised: Rejected and InvalidInput as they are, else HandlerFailed."""
     if isinstance(error, (Rejected, InvalidInput)):
         return error
     log.error("handler failed", actor=str(actor_id), command=name, exc_info=error)

@@ -88,7 +88,7 @@ class Mailboxes:
                     del unit.actors[live.actor_id]  # it never came to life: do not count it as one
 
     async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery) -> None:
-        """Answer one delivery, or send it on when the unit is lost while it waits. Keeps trying while neither is known."""
+        """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known."""
         command, pause_s, maybe_landed = delivery.command, RETRY_FIRST_S, False
         try:
             handler = self._classes.handler(command.actor.actor_type, command.name)
@@ -196,9 +196,7 @@ class Mailboxes:
         live.unverified = False
 
     def _check(self, unit: Unit, live: LiveActor, version: int, epoch: int) -> Standing:
-        standing = compare(
-            held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch
-        )
+        standing = compare(held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch)
         match standing:
             case Standing.FENCED:
                 raise _Fenced

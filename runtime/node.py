@@ -25,7 +25,8 @@ from routing.birth import found_or_join
 from routing.control import MIGRATION_REQUEST, STEP_REQUEST
 from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
-from routing.errors import FerryError, InDoubt, Incompatible, InvalidInput, TransientError
+from routing.errors import FerryError, Incompatible, InDoubt, InvalidInput, TransientError
+from routing.failpoints import Failpoints
 from routing.lease import Lease, boottime_s
 from routing.link import Link, Message, Subscription
 from routing.membership import Membership, NodeState
@@ -62,9 +63,10 @@ class Node:
         self.state = NodeState.UP
         self._settings, self._link, self._transfer_link, self._classes = settings, link, transfer_link, classes
         self._weight, self._role, self._clock, self._wall_clock = weight, role, clock, wall_clock
+        self._failpoints = Failpoints.from_environment()
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
-        self._failed: asyncio.Future[None] | None = None
+        self._failed: asyncio.Future[Any] | None = None
         self.host: Host
         self.router: Router
 
@@ -80,13 +82,9 @@ class Node:
             ttl_s=settings.node_lease_s, clock=self._clock,
         )  # fmt: skip
         await self._take_lease()
-        self._directory = Directory(
-            self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s
-        )
+        self._directory = Directory(self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s)
         self._membership = Membership(self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock)
-        journal = Journal(
-            self._link, subjects, shards_total=born.shards, append_timeout_s=settings.append_timeout_s
-        )
+        journal = Journal(self._link, subjects, shards_total=born.shards, append_timeout_s=settings.append_timeout_s)
         self._arrivals = StagedActors(classes=self._classes, settings=settings, clock=self._clock)
         mailboxes = Mailboxes(
             journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation,
@@ -135,9 +133,9 @@ class Node:
     async def serve(self, stopping: asyncio.Event) -> None:
         """Run until `stopping` is set, then drain and stop. Raises what made the node unable to go on."""
         assert self._failed is not None
-        waiting = asyncio.ensure_future(stopping.wait())
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait({waiting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([waiting, self._failed], return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
             await self.drain()
@@ -248,6 +246,7 @@ class Node:
             schema, run = self._verbs.get(verb, (None, None))
             if run is None:
                 raise InvalidInput(f"verb {verb!r} is unknown here: upgrade this node")
+            self._failpoints.hit(verb)
             result: dict[str, Any] | Exception = await run(control.decode(message.payload, schema))
         except FerryError as error:
             log.info("refused", verb=verb, error=str(error))

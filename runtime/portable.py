@@ -44,9 +44,7 @@ class Portable:
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"transferred actor has a malformed header: {error}") from error
 
-    def activate(
-        self, classes: ActorClasses, *, window: int, max_state_bytes: int, used_at_s: float
-    ) -> LiveActor:
+    def activate(self, classes: ActorClasses, *, window: int, max_state_bytes: int, used_at_s: float) -> LiveActor:
         """An inactive actor to be verified against the log before its first use.
 
         Raises StateNotPortable, UnknownActorType, PayloadTooLarge: the destination's code cannot take it over.

@@ -47,9 +47,7 @@ class StepContext:
             move=move.id, unit=move.unit, epoch=move.epoch or 0, source=move.source, destination=move.destination,
             offset=offset,
         )  # fmt: skip
-        return await control.ask(
-            self.link, self.subjects, node, verb, request, timeout_s=self.settings.step_timeout_s
-        )
+        return await control.ask(self.link, self.subjects, node, verb, request, timeout_s=self.settings.step_timeout_s)
 
     async def ask_rows(self, node: str, verb: str, move: Move) -> list[dict[str, Any]]:
         """Ask for a verb that answers with a row per actor, page by page."""
@@ -127,6 +125,7 @@ class StepContext:
                 return replace(view)  # the key unchanged, at a new revision: a LOCK still on its way is now refused
             raise NotApplicable(f"{unit} is not locked for {move_id}")
 
+        entry: MapEntry | None
         try:
             entry = await self.directory.decide(unit, change)
         except NotApplicable:

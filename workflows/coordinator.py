@@ -43,6 +43,7 @@ from workflows.records import (
     ActorRow,
     MigrationPlan,
     Move,
+    PlannedActor,
     PlannedMove,
     RebalanceRequest,
     to_document,
@@ -95,9 +96,7 @@ class Coordinator:
             self._link, subjects.lease_bucket, LEADER_KEY, incarnation=self.incarnation,
             ttl_s=settings.leader_lease_s, clock=self._clock,
         )  # fmt: skip
-        self._directory = Directory(
-            self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s
-        )
+        self._directory = Directory(self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s)
         self._membership = Membership(self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock)
         self._context = StepContext(
             link=self._link, subjects=subjects, directory=self._directory, store=self._store, settings=settings,
@@ -240,7 +239,7 @@ class Coordinator:
 
     async def _new_owners(self, dead: set[str], takers: list[NodeWeight]) -> dict[int, str]:
         """shard -> node, as placement wants it when the shards of `dead` and of nobody are free."""
-        owners: dict[int, str | None] = {n: None for n in range(self._directory.shards_total)}
+        owners: dict[int, str | None] = dict.fromkeys(range(self._directory.shards_total))
         for unit, entry in self._directory.entries().items():
             owner = entry.ownership.owner
             owners[_shard(unit)] = None if owner in dead else owner
@@ -248,7 +247,7 @@ class Coordinator:
         return dict(self._placement.rebalance_shards(owners, takers).shard_map)
 
     async def _write_all(self, changes: dict[str, tuple[MapEntry | None, shard_map.Ownership]]) -> None:
-        """Many transitions at once. One that loses was overtaken by somebody who knew better: the next tick looks again."""
+        """Many transitions at once. One that loses was overtaken by who knew better: the next tick looks again."""
         results = await asyncio.gather(
             *(self._directory.transition(unit, before, after) for unit, (before, after) in changes.items()),
             return_exceptions=True,
@@ -483,7 +482,7 @@ class Coordinator:
         if owner == destination:
             raise NotApplicable(f"shard/{shard} is at {destination} already: nothing to move")
         inventory = (await self._inventories({k: v for k, v in alive.items() if k == owner})).get(owner, {})
-        actors = tuple(planner.PlannedActor(a, size) for a, size in inventory.get(shard, ()))
+        actors = tuple(PlannedActor(actor_id=a, state_bytes=size) for a, size in inventory.get(shard, ()))
         planned = PlannedMove(
             unit=shard_key(shard), shard=shard, source=owner, destination=str(destination), reason="by hand",
             actors=actors,
@@ -545,5 +544,3 @@ def _move_of(plan_id: str, planned: PlannedMove, now: float) -> Move:
         destination=planned.destination, actors_total=len(planned.actors),
         state_bytes=sum(actor.state_bytes for actor in planned.actors), created_at=now,
     )  # fmt: skip
-
-

@@ -51,7 +51,7 @@ STEP_RETRIES = 4  # then the move rolls back; with the back-off below that is 1.
 RETRY_FIRST_S = 0.1
 
 
-# -- the six steps, in the order of time -------------------------------------------------------------------------------
+# -- the six steps, in the order of time -----------------------------------------------------------------------------
 async def pause(context: StepContext, move: Move) -> Move:
     """Lock the shard in the map and close its gate at the source.
 
@@ -167,7 +167,7 @@ async def roll_back(context: StepContext, move_id: str, error: str | None) -> No
             log.info("not told of the rollback, it will see the map", node=node, move=move_id, error=str(reason))
 
 
-# -- as Celery tasks -----------------------------------------------------------------------------------------------------
+# -- as Celery tasks -------------------------------------------------------------------------------------------------
 Act = Callable[[StepContext, Move], Awaitable[Move]]
 
 
@@ -217,9 +217,9 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
 
 
 def _task_for(step: Step) -> Any:
-    """The Celery task of a step. Transient errors are tried again with back-off and jitter, then the chain's errback runs."""
+    """The Celery task of a step. Transient errors are tried again, with back-off and jitter; then the errback runs."""
 
-    @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)  # type: ignore[untyped-decorator]
+    @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)
     def task(self: Task, move_id: str) -> None:
         retries = self.request.retries
         try:
@@ -235,7 +235,7 @@ def _task_for(step: Step) -> Any:
 TASKS: dict[str, Any] = {step.name: _task_for(step) for step in CHAIN}
 
 
-@app.task(bind=True, name="workflows.migration.rollback", max_retries=STEP_RETRIES)  # type: ignore[untyped-decorator]
+@app.task(bind=True, name="workflows.migration.rollback", max_retries=STEP_RETRIES)
 def rollback(self: Task, move_id: str) -> None:
     """The chain's errback, a task of its own with its own retries. The reconciler does the same if this one is lost."""
     try:

@@ -1,0 +1,314 @@
+"""What only the real link can show: servers it cannot use, dead peers, and consumers that go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import nats
+import pytest
+from nats.aio.client import Client
+
+from routing.errors import Incompatible, InDoubt, Unavailable
+from routing.link import Entry, Message, StreamSpec
+from routing.nats_link import NatsLink
+
+if TYPE_CHECKING:
+    from tests.contract.conftest import NatsServer
+
+WAIT_S = 15.0  # a hang guard, never reached when things work
+BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
+
+
+class Proxy:
+    """A way to the server that can go dead without closing: connections stall, new ones work."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._listener: asyncio.Server | None = None
+        self._flowing: list[asyncio.Event] = []
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def start(self) -> str:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"nats://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+
+    def stall(self) -> None:
+        for flowing in self._flowing:
+            flowing.clear()
+
+    async def stop(self) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        for flowing in self._flowing:
+            flowing.set()
+        await abort_all(self._writers)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        flowing = asyncio.Event()
+        flowing.set()
+        self._flowing.append(flowing)
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
+        self._writers += [writer, up_writer]
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, up_writer, flowing))
+                group.create_task(_pump(up_reader, writer, flowing))
+        except* OSError:
+            pass  # one of the two sides is gone, which is what the test is about
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flowing: asyncio.Event) -> None:
+    while await flowing.wait() and (data := await reader.read(65_536)):
+        await flowing.wait()
+        writer.write(data)
+        await writer.drain()
+    writer.transport.abort()
+
+
+@pytest.fixture
+async def proxy(nats_server: NatsServer) -> AsyncIterator[Proxy]:
+    proxy = Proxy(nats_server.port)
+    yield proxy
+    await proxy.stop()
+
+
+@pytest.fixture
+async def admin(nats_server: NatsServer) -> AsyncIterator[Client]:
+    """Another client, as an operator's tool would be."""
+    client = await nats.connect(nats_server.url)
+    yield client
+    await client.close()
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_a_dead_server_is_reported_at_once_without_secrets() -> None:
+    """Property: the first connect fails instead of retrying for minutes, and says where and what to do."""
+    port = unused_port()
+
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(Unavailable, match=f"127.0.0.1:{port}.*ferry up") as raised:
+            await NatsLink.connect(f"nats://me:secret@127.0.0.1:{port}", name="test", connect_timeout_s=3_600)
+
+    assert "secret" not in str(raised.value)
+
+
+@asynccontextmanager
+async def listening(
+    script: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[int]:
+    """A peer that follows `script` on each connection; gives its port."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await script(reader, writer)
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield int(listener.sockets[0].getsockname()[1])
+    finally:
+        listener.close()
+        await abort_all(writers)
+
+
+async def abort_all(writers: list[asyncio.StreamWriter]) -> None:
+    for writer in writers:
+        writer.transport.abort()
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+
+
+async def test_a_silent_server_is_given_up_after_the_connect_timeout() -> None:
+    """Property: a peer that accepts and says nothing costs `connect_timeout_s`, no more."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with listening(say_nothing) as port, asyncio.timeout(WAIT_S):
+        with pytest.raises(Unavailable, match=str(port)):
+            await NatsLink.connect(f"nats://127.0.0.1:{port}", name="test", connect_timeout_s=0.2)
+
+
+async def test_one_live_server_among_dead_ones_is_enough(nats_server: NatsServer) -> None:
+    """Property: every server named is tried."""
+    url = f"nats://127.0.0.1:{unused_port()}, {nats_server.url}"
+
+    link = await NatsLink.connect(url, name="test")
+
+    assert link.connected
+    await link.close()
+
+
+async def test_a_server_without_jetstream_is_incompatible(nats_server_without_jetstream: NatsServer) -> None:
+    """Property: the error says how to switch JetStream on."""
+    with pytest.raises(Incompatible, match=r"no JetStream.*-js"):
+        await NatsLink.connect(nats_server_without_jetstream.url, name="test")
+
+
+async def test_an_old_server_is_incompatible() -> None:
+    """Property: the error names the version found and the one needed."""
+
+    async def play_old_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        document = {"server_id": "OLD", "version": "2.12.2", "headers": True, "max_payload": 1_048_576}
+        writer.write(b"INFO " + json.dumps(document).encode() + b"\r\n")
+        while line := await reader.readline():
+            if line.startswith(b"PING"):
+                writer.write(b"PONG\r\n")
+
+    async with listening(play_old_server) as port:
+        with pytest.raises(Incompatible, match=r"2\.12\.2.*2\.12\.3"):
+            await NatsLink.connect(f"nats://127.0.0.1:{port}", name="test")
+
+
+async def test_it_reports_what_doctor_shows(nats_server: NatsServer) -> None:
+    """Property: version, limit and round trip of the server are known."""
+    link = await nats_server.link("test")
+
+    assert tuple(int(part) for part in link.server_version.split(".")) >= (2, 12, 3)
+    assert link.max_payload == 256 * 1024
+    assert await link.rtt() > 0
+    assert link.url == nats_server.url
+
+
+async def test_a_stalled_link_with_unsent_bytes_reconnects_and_drops_them(
+    nats_server: NatsServer, proxy: Proxy
+) -> None:
+    """Property: a peer that went dead without closing, bytes still unsent (nats-py #671), is left for a new connection,
+    and what waited for the dead one is not delivered after."""
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    bob = await nats_server.link("bob")
+    await bob.subscribe("news", heard.put_nowait)
+    alice = await NatsLink.connect(await proxy.start(), name="alice")
+    back = asyncio.Event()
+    alice.on_reconnect(back.set)
+
+    proxy.stall()
+    for _ in range(30):  # 7.5 MB, more than the kernel takes
+        await alice.publish("news", bytes(250_000))
+    await alice.publish("news", b"unsent")
+
+    async with asyncio.timeout(WAIT_S):
+        await back.wait()
+        await alice.publish("news", b"after")
+        received = [(await heard.get()).payload]
+        while received[-1] != b"after":
+            received.append((await heard.get()).payload)
+    assert b"unsent" not in received
+    await alice.close()
+
+
+async def test_senders_wait_for_a_stalled_link_no_longer_than_it_lives(nats_server: NatsServer, proxy: Proxy) -> None:
+    """Property: a sender held back by unsent bytes gets Unavailable when the link is found dead."""
+    alice = await NatsLink.connect(await proxy.start(), name="alice")
+
+    proxy.stall()
+    with pytest.raises(Unavailable):
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                await alice.publish("news", bytes(250_000))
+
+    await alice.close()
+
+
+async def test_an_append_without_acknowledgement_is_in_doubt(nats_server: NatsServer) -> None:
+    """Property: silence after sending is InDoubt, never Unavailable or Timeout."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("ev.a", heard.put_nowait)  # takes the append, as a stream that dies before answering
+
+    with pytest.raises(InDoubt, match=r"ev\.a"):
+        await alice.append("ev.a", b"1", expected=0, timeout_s=0.1)
+
+
+async def test_closing_leaves_an_append_in_doubt(nats_server: NatsServer) -> None:
+    """Property: a link closed while an append is under way does not call it failed."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("ev.a", heard.put_nowait)
+    append = asyncio.create_task(alice.append("ev.a", b"1", expected=0, timeout_s=3_600))
+    async with asyncio.timeout(WAIT_S):
+        await heard.get()
+
+    await alice.close()
+
+    with pytest.raises(InDoubt):
+        await append
+
+
+async def consumers_of(admin: Client, stream: str) -> list[dict[str, Any]]:
+    answer = await admin.request(f"$JS.API.CONSUMER.LIST.{stream}", b"{}", timeout=WAIT_S)
+    found: list[dict[str, Any]] = json.loads(answer.data)["consumers"]
+    return found
+
+
+async def test_a_watch_begins_again_when_its_consumer_is_gone(nats_server: NatsServer, admin: Client) -> None:
+    """Property: silence beyond three heartbeats is noticed and mended."""
+    link = await nats_server.link("test")
+    await link.ensure_stream(BUCKET, timeout_s=WAIT_S)
+    await link.append("$KV.map.a", b"stored", expected=0, timeout_s=WAIT_S)
+    seen: asyncio.Queue[Entry] = asyncio.Queue()
+    await link.watch("KV_map", "$KV.map.>", seen.put_nowait, timeout_s=WAIT_S)
+    (consumer,) = await consumers_of(admin, "KV_map")
+
+    await admin.request(f"$JS.API.CONSUMER.DELETE.KV_map.{consumer['name']}", b"", timeout=WAIT_S)
+    await link.append("$KV.map.b", b"unseen", expected=0, timeout_s=WAIT_S)
+
+    async with asyncio.timeout(WAIT_S):
+        payloads = [(await seen.get()).payload for _ in range(3)]
+    assert payloads == [b"stored", b"stored", b"unseen"]
+
+
+@pytest.mark.parametrize("sign", ["heartbeat", "entry"])
+async def test_a_watch_begins_again_after_a_gap(nats_server: NatsServer, admin: Client, sign: str) -> None:
+    """Property: a heartbeat or an entry that shows a missing one makes the watch start over, and the entry after the
+    gap is not delivered out of order."""
+    link = await nats_server.link("test")
+    await link.ensure_stream(BUCKET, timeout_s=WAIT_S)
+    await link.append("$KV.map.a", b"stored", expected=0, timeout_s=WAIT_S)
+    seen: asyncio.Queue[Entry] = asyncio.Queue()
+    await link.watch("KV_map", "$KV.map.>", seen.put_nowait, timeout_s=WAIT_S)
+    (consumer,) = await consumers_of(admin, "KV_map")
+
+    to, stream, name = consumer["config"]["deliver_subject"], "KV_map", consumer["name"]
+    if sign == "heartbeat":
+        await admin.publish(to, b"", headers={"Status": "100", "Nats-Last-Consumer": "3"})
+    else:
+        # The server lets nobody else use $JS.ACK as a reply, so this one is only shaped like it.
+        await admin.publish(to, b"out of order", reply=f"spoofed.ACK.{stream}.{name}.1.9.3.0.0")
+
+    async with asyncio.timeout(WAIT_S):
+        payloads = [(await seen.get()).payload for _ in range(2)]
+    assert payloads == [b"stored", b"stored"]
+    assert consumer["name"] not in [other["name"] for other in await consumers_of(admin, "KV_map")]
+
+
+async def test_watches_leave_no_consumer_behind(nats_server: NatsServer, admin: Client) -> None:
+    """Property: stopping a watch and closing a link remove their consumers at once."""
+    stopped, closed = await nats_server.link("stopped"), await nats_server.link("closed")
+    await stopped.ensure_stream(BUCKET, timeout_s=WAIT_S)
+    watch = await stopped.watch("KV_map", "$KV.map.>", lambda entry: None, timeout_s=WAIT_S)
+    await closed.watch("KV_map", "$KV.map.>", lambda entry: None, timeout_s=WAIT_S)
+    assert len(await consumers_of(admin, "KV_map")) == 2
+
+    await watch.stop()
+    await closed.close()
+
+    assert await consumers_of(admin, "KV_map") == []
+
+
+async def test_more_replicas_than_servers_are_incompatible(nats_server: NatsServer) -> None:
+    """Property: a stream that cannot be made as wanted is refused with the server's reason."""
+    link = await nats_server.link("test")
+
+    with pytest.raises(Incompatible, match="replicas"):
+        await link.ensure_stream(StreamSpec(name="r3", subjects=("r3.>",), replicas=3), timeout_s=WAIT_S)

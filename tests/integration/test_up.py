@@ -1,0 +1,143 @@
+"""`run_up`: a Procfile's lines as one cluster that starts, is found, and leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from routing.errors import InvalidInput
+from routing.settings import embedded_urls
+from tests.integration.waiting import ended, until
+from workflows.local.probe import answers
+from workflows.local.up import cluster_lines, node_name, procfile, run_up
+
+_PROJECT = Path(__file__).parents[2]
+
+# The project's own lines for the servers, and stand-ins for what Ferry runs on them.
+LINES = """
+nats: exec python -m workflows.supervise --linger 15 -- python -m workflows.local nats
+redis: exec python -m workflows.supervise --linger 15 -- python -m workflows.local redis
+node_a: exec python -m workflows.supervise --need nats --need redis -- python node.py --id a
+"""
+
+# Told to stop, it proves that both servers still answer.
+NODE = """
+import os, signal, sys
+from workflows.local.probe import answers
+def drain(number, frame):
+    served = answers(os.environ["FERRY_NATS_URL"]) and answers(os.environ["FERRY_REDIS_URL"])
+    print(sys.argv[2], "drained" if served else "found no server", flush=True)
+    sys.exit(0 if served else 1)
+signal.signal(signal.SIGTERM, drain)
+print("node", sys.argv[2], "is up", flush=True)
+while True: signal.pause()
+"""
+
+UP = """
+import sys
+from pathlib import Path
+from workflows.local import up
+up.procfile = lambda: Path("Procfile")
+sys.exit(up.run_up(int(sys.argv[1]), "data"))
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`run_up` with two stand-in nodes in a process of its own; both nodes are up."""
+    (tmp_path / "Procfile").write_text(LINES)
+    (tmp_path / "node.py").write_text(NODE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERRY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", UP, "2"], cwd=tmp_path, env={**environment, "PYTHONPATH": str(_PROJECT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        waited_for = {"node a is up", "node b is up"}
+        for line in process.stdout:
+            waited_for -= {text for text in waited_for if text in line}
+            if not waited_for:
+                break
+        assert not waited_for, "the cluster did not come up"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_drains_the_nodes_over_live_servers_and_leaves_nothing(
+    cluster: subprocess.Popen[str], tmp_path: Path, stop: signal.Signals
+) -> None:
+    """Ctrl-C or SIGTERM: exit status 0, nodes drain while the servers still answer, no process is left."""
+    family = psutil.Process(cluster.pid).children(recursive=True)
+    assert len(family) >= 8  # four lines, each with its command
+    urls = embedded_urls(tmp_path / "data")
+    assert all(answers(url) for url in urls.values())
+
+    cluster.send_signal(stop)
+    output = cluster.communicate(timeout=60)[0]
+
+    assert cluster.returncode == 0, output
+    assert "a drained" in output
+    assert "b drained" in output
+    assert all(until(lambda process=process: ended(process)) for process in family)
+    assert embedded_urls(tmp_path / "data") == {}
+
+
+def test_nothing_outlives_a_cluster_killed_with_sigkill(cluster: subprocess.Popen[str]) -> None:
+    """kill -9 of `ferry up`: every line notices and stops by itself."""
+    family = psutil.Process(cluster.pid).children(recursive=True)
+
+    cluster.kill()
+
+    assert all(until(lambda process=process: ended(process), within_s=40) for process in family)
+
+
+def test_a_second_cluster_on_the_same_folder_is_refused(cluster: subprocess.Popen[str], tmp_path: Path) -> None:
+    """The refusal names the process, and the first cluster stays announced."""
+    announced = json.loads((tmp_path / "data" / "servers.json").read_text())
+
+    with pytest.raises(InvalidInput, match="is in use: its nats server belongs to process"):
+        run_up(1, tmp_path / "data")
+
+    assert json.loads((tmp_path / "data" / "servers.json").read_text()) == announced
+
+
+def test_the_procfile_of_the_project_gives_any_number_of_nodes() -> None:
+    """Node lines are made from the first one, each with its own id; the others stay as written."""
+    text = procfile().read_text()
+
+    lines = cluster_lines(text, 30)
+
+    nodes = {name: command for name, command in lines.items() if name.startswith("node_")}
+    assert len(nodes) == 30
+    assert all(f"--id {name.removeprefix('node_')} " in command for name, command in nodes.items())
+    assert {"nats", "redis", "coordinator", "worker", "flower"} == set(lines) - set(nodes)
+    assert all(f"{name}: {command}" in text for name, command in lines.items() if name not in nodes)
+    assert [node_name(index) for index in (0, 25, 26)] == ["a", "z", "n26"]
+
+
+def test_every_line_of_the_procfile_execs() -> None:
+    """foreman signals only the process it started: a shell in between would keep the signal."""
+    lines = cluster_lines(procfile().read_text(), 3)
+
+    assert all(command.startswith("exec python -m workflows.supervise ") for command in lines.values())
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 101])
+def test_an_absurd_number_of_nodes_is_refused(tmp_path: Path, nodes: int) -> None:
+    """Before anything is started or written."""
+    with pytest.raises(InvalidInput, match=f"--nodes {nodes}"):
+        run_up(nodes, tmp_path / "data")
+
+    assert not (tmp_path / "data").exists()
