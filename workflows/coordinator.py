@@ -85,6 +85,7 @@ class Coordinator:
         self._subscriptions: list[Subscription] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.leading = False
+        self._wake = asyncio.Event()  # something ended or changed: do not wait for the next tick
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -132,13 +133,19 @@ class Coordinator:
                         await self.tick()
                 except (TransientError, InDoubt, NotApplicable) as error:
                     log.warning("tick not finished, goes on", leading=self.leading, error=str(error))
-                try:
-                    async with asyncio.timeout(TICK_S):
-                        await stopping.wait()
-                except TimeoutError:
-                    continue
+                await self._next_tick(stopping)
         finally:
             await self.stop()
+
+    async def _next_tick(self, stopping: asyncio.Event) -> None:
+        """Return after a tick, or as soon as there is something to do."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (stopping, self._wake)]
+        try:
+            await asyncio.wait(waits, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._wake.clear()
+            for wait in waits:
+                wait.cancel()
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -172,6 +179,8 @@ class Coordinator:
         control_subject = self._subjects.control(COORDINATOR, "*")
         self._subscriptions.append(await self._link.subscribe(control_subject, self._on_control))
         self._changed_at_s, self._reason = self._clock(), "new leader"
+        # Nodes that start together with this leader get a moment to take their leases before they count as dead.
+        self._no_failover_before_s = max(self._no_failover_before_s, self._clock() + 2 * self._settings.debounce_s)
         self.leading = True
         log.info("leading", name=self.name, waiting=len(self._waiting), running=len(self._running))
 
@@ -187,6 +196,7 @@ class Coordinator:
             move = self._running.pop(last.move)
             self._relaunched.pop(last.move, None)
             log.info("move ended", move=move.id, unit=unit, outcome=last.outcome)
+            self._wake.set()
             if last.outcome is Outcome.ABORTED:
                 self._replan_later()
 
@@ -266,10 +276,12 @@ class Coordinator:
         await self._supersede()
         if self._running:
             return  # a few moves, each some milliseconds: plan on what they leave behind
+        planned_at_s = self._changed_at_s
         request = await self._make_plan(alive, self._reason)
-        self._changed_at_s = None
         if request is not None and request.moves:
             await self.handle_rebalance_request(request)
+        if self._changed_at_s == planned_at_s:
+            self._changed_at_s = None
 
     async def _supersede(self) -> None:
         """Moves planned for an earlier membership and not yet launched are dropped: the next plan decides anew."""

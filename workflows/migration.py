@@ -62,7 +62,7 @@ async def pause(context: StepContext, move: Move) -> Move:
     Undo: ABORT opens the gate, what waited goes first.
     """
     entry = await context.lock(move)
-    locked = await context.store.save(replace(move, epoch=entry.ownership.epoch))
+    locked = replace(move, epoch=entry.ownership.epoch)
     answer = await context.ask(move.source, "pause", locked)
     return await context.reached(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
 
