@@ -103,9 +103,10 @@ class Handover:
         if not outgoing.captured:
             await unit.quiet(self._settings.drain_handlers_s)
             captured = []
-            for live in unit.actors.values():
+            for live in list(unit.actors.values()):
+                if live.instance is None:
+                    continue  # its first message came with the gate: the log has all there is of it
                 await self._mailboxes.make_current(unit, live)
-                assert live.instance is not None
                 state = capture_state(live.instance)
                 captured.append(_Captured(live, state, digest_of(state)))
             self._still_paused(unit, request)

@@ -319,6 +319,9 @@ class Coordinator:
 
         Raises Unavailable when Redis cannot store it; nothing has moved then. Repeating it is safe.
         """
+        known = await self._store.plan(request.plan_id)
+        if known is not None:
+            return known
         now = self._wall_clock()
         estimate = planner.summary(request)
         plan = MigrationPlan(

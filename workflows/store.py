@@ -123,7 +123,8 @@ class RecordStore:
 
         The plan's counts are the store's from here on. It is listed only once all its moves are stored: a crash on
         the way leaves moves of status planned, which the reconciler ends, and no plan that looks smaller than it is.
-        Repeating the call with the same arguments is safe. Raises WrongSequence when a move was stored differently.
+        Repeating the call with equal arguments (times, too) is safe. Raises WrongSequence when a move is stored
+        already and differs.
         """
         document = to_document(replace(plan, total=0, completed=0, failed=0))
         async with self._redis.pipeline(transaction=True) as pipe:
@@ -179,8 +180,7 @@ class RecordStore:
 
         Raises WrongSequence when `move.revision` is no longer the stored one: somebody wrote first, read again.
         """
-        verdict = await self._save_move(**self._saving(move, actors))
-        return _accepted(move, verdict)
+        return _accepted(move, await self._save_move(**self._saving(move, actors)))
 
     @_translated
     async def save_many(self, moves: Sequence[Move]) -> list[Move]:
@@ -263,12 +263,12 @@ class RecordStore:
         deleted = 0
         while (surplus := int(await self._redis.get(self._keys.records) or 0) - keep) > 0:
             moves = await self._moves(await self._ids(self._keys.finished, 0, PAGE, oldest_first=True))
-            before = deleted
-            for move in moves:
-                if deleted - before < surplus:
-                    deleted += await self._delete(move)
-            if deleted == before:
+            if not moves:
                 break
+            for move in moves:
+                if surplus > 0:
+                    weight = await self._delete(move)
+                    deleted, surplus = deleted + weight, surplus - weight
         return deleted
 
     # -- reading ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 import sysconfig
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
@@ -115,6 +115,15 @@ class NatsServer:
 async def _discard(stream: asyncio.StreamReader) -> None:
     while await stream.read(65_536):
         pass
+
+
+@pytest.fixture(autouse=True)
+async def loop_errors() -> AsyncIterator[list[dict[str, Any]]]:
+    """Fails the test when anything raised where nobody looks: in a timer, a callback, a forgotten task."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    yield errors
+    assert errors == []
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from routing.errors import InDoubt, Timeout
+from routing.errors import InDoubt, Timeout, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from runtime.testing import Fault, Kind, MemoryNats
 
@@ -83,6 +83,22 @@ async def test_a_late_append_lands_after_its_sender_is_gone() -> None:
 
     async with asyncio.timeout(WAIT_S):
         assert (await seen.get()).payload == b"stray"
+
+
+async def test_a_disconnected_link_is_no_listener() -> None:
+    """Property: the server knows at once that a link is gone, and keeps nothing for it."""
+    nats = MemoryNats()
+    alice, bob = nats.link("alice"), nats.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("news", heard.put_nowait)
+
+    bob.disconnect()
+    with pytest.raises(Unavailable):
+        await alice.request("news", b"missed", timeout_s=WAIT_S)
+    bob.reconnect()
+    await alice.publish("news", b"heard")
+
+    assert await take(heard, 1) == [b"heard"]
 
 
 async def test_a_cut_loses_what_is_on_the_wire_and_keeps_what_arrived() -> None:

@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import nats
+import psutil
 import pytest
 from nats.aio.client import Client
 
-from routing.errors import Incompatible, InDoubt, Unavailable
+from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from routing.nats_link import NatsLink
 
@@ -28,6 +29,7 @@ class Proxy:
     """A way to the server that can go dead without closing: connections stall, new ones work."""
 
     def __init__(self, port: int) -> None:
+        self.port = 0
         self._server_port = port
         self._listener: asyncio.Server | None = None
         self._flowing: list[asyncio.Event] = []
@@ -35,17 +37,21 @@ class Proxy:
 
     async def start(self) -> str:
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return f"nats://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        self.port = int(self._listener.sockets[0].getsockname()[1])
+        return f"nats://127.0.0.1:{self.port}"
 
     def stall(self) -> None:
         for flowing in self._flowing:
             flowing.clear()
 
+    def resume(self) -> None:
+        for flowing in self._flowing:
+            flowing.set()
+
     async def stop(self) -> None:
         assert self._listener is not None
         self._listener.close()
-        for flowing in self._flowing:
-            flowing.set()
+        self.resume()
         await abort_all(self._writers)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -204,6 +210,7 @@ async def test_a_stalled_link_with_unsent_bytes_reconnects_and_drops_them(
         while received[-1] != b"after":
             received.append((await heard.get()).payload)
     assert b"unsent" not in received
+    assert len([c for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == proxy.port]) == 1
     await alice.close()
 
 
@@ -218,6 +225,35 @@ async def test_senders_wait_for_a_stalled_link_no_longer_than_it_lives(nats_serv
                 await alice.publish("news", bytes(250_000))
 
     await alice.close()
+
+
+async def test_closing_waits_for_a_slow_server(nats_server: NatsServer, proxy: Proxy) -> None:
+    """Property: bytes that the kernel did not take yet are delivered before the link closes."""
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    bob = await nats_server.link("bob")
+    await bob.subscribe("news", heard.put_nowait)
+    alice = await NatsLink.connect(await proxy.start(), name="alice")
+
+    proxy.stall()
+    for n in range(30):
+        await alice.publish("news", bytes([n]) * 250_000)
+    proxy.resume()
+    await alice.close()
+
+    async with asyncio.timeout(WAIT_S):
+        assert [(await heard.get()).payload[0] for _ in range(30)] == list(range(30))
+
+
+async def test_headers_count_towards_the_limit(nats_server: NatsServer) -> None:
+    """Property: a message that exceeds the server's limit by its headers is refused here, and costs no connection."""
+    link = await nats_server.link("test")
+    await link.ensure_stream(BUCKET, timeout_s=WAIT_S)
+
+    with pytest.raises(PayloadTooLarge):
+        await link.append("$KV.map.a", bytes(link.max_payload - 10), expected=0, timeout_s=WAIT_S)
+
+    assert await link.last("KV_map", "$KV.map.a", timeout_s=WAIT_S) is None
+    assert link.reconnects == 0
 
 
 async def test_an_append_without_acknowledgement_is_in_doubt(nats_server: NatsServer) -> None:
@@ -266,6 +302,22 @@ async def test_a_watch_begins_again_when_its_consumer_is_gone(nats_server: NatsS
     async with asyncio.timeout(WAIT_S):
         payloads = [(await seen.get()).payload for _ in range(3)]
     assert payloads == [b"stored", b"stored", b"unseen"]
+
+
+async def test_a_watch_begins_again_on_a_reconnect(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: it does not wait for the silence to be noticed."""
+    monkeypatch.setattr("routing.nats_watch.SILENCE_S", 3_600.0)
+    link = await nats_server.link("test")
+    await link.ensure_stream(BUCKET, timeout_s=WAIT_S)
+    await link.append("$KV.map.a", b"stored", expected=0, timeout_s=WAIT_S)
+    seen: asyncio.Queue[Entry] = asyncio.Queue()
+    await link.watch("KV_map", "$KV.map.>", seen.put_nowait, timeout_s=WAIT_S)
+
+    await nats_server.kill()
+    await nats_server.restart()
+
+    async with asyncio.timeout(WAIT_S):
+        assert [(await seen.get()).payload for _ in range(2)] == [b"stored", b"stored"]
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "entry"])

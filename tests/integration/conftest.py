@@ -25,8 +25,10 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
     else:
         pytest.fail(f"no Valkey came up in {ATTEMPTS} attempts")
     with server:
-        yield f"redis://127.0.0.1:{port}/0"
-        server.kill()
+        try:
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.kill()
 
 
 def _started(port: int, folder: Path) -> subprocess.Popen[str] | None:

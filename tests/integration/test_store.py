@@ -382,7 +382,8 @@ async def test_trimming_everything_leaves_only_what_still_runs(store: RecordStor
     assert ids(await store.plans()) == ["p2"]
     async with Redis.from_url(redis_url) as admin:
         left = {key.decode().removeprefix("ferry:test:") for key in cast("list[bytes]", await admin.keys())}
-        assert int(await admin.get("ferry:test:records") or -1) == 2
+        assert await admin.get("ferry:test:records") == b"2"
+        assert await admin.zrange("ferry:test:moves:status:planned", 0, -1) == [b"p2-000"]
     assert left == {
         "audit", "records", "moves", "moves:plan:p2", "moves:shard:0", "moves:status:planned", "moves:unfinished",
         "move:p2-000", "move:p2-000:rows", "plan:p2", "plans", "plans:running",

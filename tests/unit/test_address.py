@@ -14,7 +14,8 @@ from routing.errors import InvalidInput
 
 actor_types = st.from_regex(r"[a-z][a-z0-9_]{0,62}", fullmatch=True)
 printable = st.characters(exclude_categories=["Cs"]).filter(lambda c: ord(c) >= 32 and ord(c) != 127)
-keys = st.text(printable, min_size=1).filter(lambda key: len(key.encode()) <= MAX_KEY_BYTES)
+special = st.sampled_from(".*>=/ $%_-")  # what means something to NATS, or to the escaping itself
+keys = st.text(special | printable, min_size=1).filter(lambda key: len(key.encode()) <= MAX_KEY_BYTES)
 actor_ids = st.builds(ActorId, actor_types, keys)
 
 

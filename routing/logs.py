@@ -1,0 +1,79 @@
+"""Where logs go: one line per event on stderr, for every Ferry process and for the libraries under it.
+
+    FERRY_LOG         console (default): aligned, coloured on a terminal     json: one JSON object per line
+    FERRY_LOG_LEVEL   debug, info, warning, error or critical; the default is the command's
+
+structlog renders, the standard library delivers: so Celery's and nats-py's own messages look like ours, and whoever
+embeds Ferry and never calls this keeps the logging they have.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import structlog
+
+from routing.errors import InvalidInput
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+FORMATS = ("console", "json")
+
+# What both kinds of messages get, those of structlog and those of the standard library.
+_SHARED: tuple[Any, ...] = (
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.processors.StackInfoRenderer(),
+)
+
+
+def configure_logging(default_level: str = "warning", *, path: str | None = None) -> None:
+    """Set logging up for this process: to stderr, or to the file `path`. May be called again; the last call counts.
+
+    Raises InvalidInput when FERRY_LOG or FERRY_LOG_LEVEL says something unknown.
+    """
+    level = logging.getLevelNamesMapping()[_chosen("FERRY_LOG_LEVEL", default_level, LEVELS).upper()]
+    form = _chosen("FERRY_LOG", "console", FORMATS)
+    handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*_SHARED, structlog.stdlib.ExtraAdder()],
+            processors=_rendering(form, colors=handler.stream is not None and handler.stream.isatty()),
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    structlog.configure(
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(level),  # what is not logged costs half a microsecond
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _rendering(form: str, *, colors: bool) -> list[Any]:
+    """The last processors. Tracebacks are plain: without the locals, which hold actors' states and passwords."""
+    meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if form == "json":
+        return [
+            meta,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ]
+    return [
+        meta,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False),
+        structlog.dev.ConsoleRenderer(
+            colors=colors, pad_event_to=24, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+
+
+def _chosen(variable: str, default: str, known: tuple[str, ...]) -> str:
+    value = os.environ.get(variable, "").lower() or default
+    if value not in known:
+        raise InvalidInput(f"{variable}={value}: use {', '.join(known)}")
+    return value

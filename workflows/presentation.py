@@ -1,0 +1,222 @@
+"""How `ferry` shows things: rich tables and bars on a terminal, plain aligned text elsewhere, JSON when asked for.
+
+Results go to stdout, everything else to stderr, so that a pipe gets results alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import orjson
+
+from workflows.progress import Show
+
+Cell = str | int | float | None
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """Numbers to the right, text to the left; None is shown as -."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(columns))
+    ]
+    if sys.stdout.isatty():
+        _print_rich(columns, cells, numeric)
+        return
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    for row in [[column.upper() for column in columns], *cells]:
+        aligned = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)]
+        click.echo("  ".join(aligned).rstrip())
+
+
+def _print_rich(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column, right in zip(columns, numeric, strict=True):
+        table.add_column(column.upper(), justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    Console(highlight=False).print(table)
+
+
+# The words that deserve a look, wherever they stand alone in a cell.
+_STYLES = {
+    **dict.fromkeys(("up", "ok", "completed"), "green"),
+    **dict.fromkeys(("draining", "drained", "warn", "cancelled", "rolled_back"), "yellow"),
+    **dict.fromkeys(("fail", "failed", "silent"), "red"),
+}
+
+
+@contextmanager
+def progress(what: str, *, quiet: bool = False) -> Iterator[Show]:
+    """A bar on a terminal; elsewhere one line on stderr whenever the reason for standing still changes."""
+    if quiet:
+        yield lambda done, total, why: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[why]}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None, why="")
+            yield lambda done, total, why: bar.update(task, completed=done, total=total or None, why=why)
+    else:
+        said = ""
+
+        def show(done: int, total: int, why: str) -> None:
+            nonlocal said
+            if why and why != said:
+                click.echo(f"{what}: {done} of {total}, {why}", err=True)
+            said = why
+
+        yield show
+
+
+# -- values as people read them ------------------------------------------------------------------------------------------
+def size(byte_count: int | None) -> str | None:
+    """1536 -> `1.5 KiB`."""
+    if byte_count is None:
+        return None
+    value, units = float(byte_count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 100 else f"{value:.1f} {units[0]}"
+
+
+def clock_time(unix_s: float | None) -> str | None:
+    """Local time of day with milliseconds, with the date when it is not today's."""
+    if unix_s is None:
+        return None
+    then = datetime.fromtimestamp(unix_s, UTC).astimezone()
+    text = f"{then:%H:%M:%S}.{then.microsecond // 1000:03d}"
+    return text if then.date() == datetime.now(UTC).astimezone().date() else f"{then:%Y-%m-%d} {text}"
+
+
+def duration(seconds: float) -> str:
+    """0.0345 -> `35 ms`, 3.21 -> `3.2 s`, 200 -> `3 min 20 s`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# -- whole answers --------------------------------------------------------------------------------------------------------
+def print_status(document: Mapping[str, Any]) -> None:
+    """`ferry status` for people."""
+    headline = [f"cluster {document['cluster']}", f"led by {document['leader']}" if document["leader"] else "no leader"]
+    if document["shards_total"] is not None:
+        headline += [counted(document["shards_total"], "shard"), f"{document['moves_running']} moves running"]
+    if document["suspended"]:
+        headline.append("rebalancing suspended (`ferry resume` lets it go on)")
+    click.echo(", ".join(headline))
+    if document["nodes"]:
+        click.echo()
+        print_table(
+            ["node", "state", "weight", "shards", "actors", "host", "pid", "incarnation"],
+            [
+                [
+                    node["id"], node["state"] if node["serving"] is not None else "silent", node["weight"],
+                    node["shards"], node["actors"], node["host"], node["pid"], node["incarnation"][:8],
+                ]
+                for node in document["nodes"]
+            ],
+        )  # fmt: skip
+    if document["plan"] is not None:
+        click.echo(f"\n{_plan_line(document['plan'])}")
+    if document["problems"]:
+        click.echo("\nproblems:")
+        for problem in document["problems"]:
+            click.echo(f"  - {problem}")
+    else:
+        click.echo("\nno problems")
+
+
+def _plan_line(plan: Mapping[str, Any]) -> str:
+    line = f"last plan {plan['id']} ({plan['reason']}): {plan['completed']} of {counted(plan['total'], 'move')} completed"
+    if plan["failed"]:
+        line += f", {plan['failed']} not"
+    if plan["cancelled"]:
+        line += ", cancelled"
+    if plan["finished_at"] is None:
+        return f"{line}, running since {clock_time(plan['created_at'])}"
+    return f"{line}, in {duration(plan['finished_at'] - plan['created_at'])}, at {clock_time(plan['finished_at'])}"
+
+
+def print_plan(answer: Mapping[str, Any]) -> None:
+    """`ferry plan` for people."""
+    if not answer["moves"]:
+        click.echo("nothing to move: the map is balanced")
+        return
+    click.echo(
+        f"would move {counted(answer['moves'], 'shard')} with {counted(answer['actors'], 'live actor')},"
+        f" {size(answer['state_bytes'])}, in about {duration(answer['estimate_s'])}"
+    )
+    why = ", ".join(f"{reason} ({count})" for reason, count in answer["reasons"].items())
+    click.echo(f"because: {why}\n")
+    print_table(
+        ["source", "destination", "moves", "actors", "bytes"],
+        [[r["source"], r["destination"], r["moves"], r["actors"], r["state_bytes"]] for r in answer["routes"]],
+    )
+
+
+def print_migrations(rows: Sequence[Mapping[str, Any]]) -> None:
+    """`ferry migrations` for people."""
+    if not rows:
+        click.echo("no migrations")
+        return
+    with_errors = any(row["error"] for row in rows)
+    print_table(
+        ["id", "actor", "shard", "source", "destination", "status", "size", "blackout ms", "at"]
+        + (["error"] if with_errors else []),
+        [
+            [
+                row["id"], row["actor_id"], row["shard"], row["source"], row["destination"], row["status"],
+                size(row["state_bytes"]), _rounded(row["blackout_ms"]), clock_time(row["finished_at"] or row["created_at"]),
+            ]
+            + ([row["error"] or ""] if with_errors else [])
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def print_record(record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
+    """One migration, or one move: its fields, then when it reached what."""
+    shown = {name: value for name, value in record.items() if name not in _SHOWN_ELSEWHERE and value is not None}
+    width = max(len(name) for name in shown)
+    for name, value in shown.items():
+        click.echo(f"{name.replace('_', ' '):{width}}  {value}")
+    click.echo()
+    print_table(
+        ["step", "reached", "at", "ms"],
+        [[s["step"], s["status"], clock_time(s["reached_at"]), _rounded(s["ms"])] for s in steps],
+    )
+
+
+_SHOWN_ELSEWHERE = frozenset(
+    {"created_at", "started_at", "paused_at", "captured_at", "serialized_at", "sent_at", "acked_at", "finished_at",
+     "step_at", "task_ids", "migrations", "revision"}
+)  # fmt: skip
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds, 1)

@@ -1,0 +1,272 @@
+"""What is going on in a cluster, as far as anybody answers: `ferry status`.
+
+    NATS    map, leases, switch    -> who owns what, who is there, who leads
+    nodes   the verb `status`      -> live actors, paused shards        each within ASK_S, all at once
+    Redis   latest plan, moves     -> what was planned, since when a lock is held
+    Celery  a ping                 -> whether a worker takes steps
+
+Any of them may be away: what it would have said is unknown then (None), and `problems` says so in words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from routing.directory import MapEntry
+from routing.errors import FerryError
+from routing.membership import Member
+from routing.settings import Settings
+from routing.subjects import shard_key
+from workflows.records import MigrationPlan, to_document
+from workflows.session import open_session
+from workflows.store import RecordStore
+
+ASK_S = 1.0
+STORE_S = 2.0
+PING_S = 1.0
+NAMED_AT_MOST = 5  # in a sentence; the rest is counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLock:
+    """A unit that a move holds locked, and for how long that move has not advanced; None: no record says."""
+
+    unit: str
+    move: str
+    owner: str
+    destination: str
+    idle_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """All that could be found out. What nobody could tell is None; `answers` has a None for a node that is silent."""
+
+    cluster: str
+    nats_error: str | None = None
+    redis_error: str | None = None
+    workers: Sequence[str] | None = None
+    leader: str | None = None
+    suspended: bool | None = None
+    shards_total: int | None = None
+    moves_running: int | None = None
+    entries: Mapping[str, MapEntry]
+    members: Mapping[str, Member]
+    answers: Mapping[str, Mapping[str, Any] | None]
+    locks: Sequence[HeldLock] = ()
+    stuck_after_s: float = 10.0
+    plan: MigrationPlan | None = None
+
+
+async def gather_status(settings: Settings, *, all_workers: bool = False) -> Status:
+    """Ask everybody, in about a second. `all_workers` waits for every worker's answer, not just for the first.
+
+    Raises nothing for what is away, that is in the result; InvalidInput for a malformed FERRY_REDIS_URL.
+    """
+    store = RecordStore.connect(settings.redis_url, settings.cluster, timeout_s=STORE_S)
+    try:
+        seen, recorded = await asyncio.gather(_of_cluster(settings), _of_records(store, all_workers=all_workers))
+        locks = await _locks(seen["entries"], store if recorded["redis_error"] is None else None)
+    finally:
+        await store.close()
+    return Status(cluster=settings.cluster, locks=locks, stuck_after_s=settings.pause_lease_s, **seen, **recorded)
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """The document that `ferry status --json` prints."""
+    shards = Counter(entry.ownership.owner for entry in status.entries.values())
+    return {
+        "cluster": status.cluster,
+        "leader": status.leader,
+        "suspended": status.suspended,
+        "shards_total": status.shards_total,
+        "nodes": [_node(member, shards[node], status.answers.get(node)) for node, member in status.members.items()],
+        "moves_running": status.moves_running,
+        "plan": to_document(status.plan) if status.plan is not None else None,
+        "workers": list(status.workers) if status.workers is not None else None,
+        "problems": problems(status),
+    }
+
+
+def problems(status: Status) -> list[str]:
+    """What an operator should look at, one sentence each, what explains the rest first."""
+    found = [error for error in (status.nats_error, status.redis_error) if error is not None]
+    if status.workers is not None and not status.workers:
+        found.append("no worker answers, so moves wait: start one with `celery -A workflows worker`")
+    if status.nats_error is not None:
+        return found
+    if status.leader is None:
+        found.append("no coordinator leads, so nothing is assigned or moved: start one with `ferry coordinator`")
+    if not any(member.takes_shards for member in status.members.values()):
+        found.append("no node is up that takes shards: start one with `ferry node --id ID --actors MODULE`")
+    return [*found, *_ownership_problems(status), *_node_problems(status), *_lock_problems(status)]
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+async def _of_cluster(settings: Settings) -> dict[str, Any]:
+    try:
+        async with open_session(settings) as session:
+            await session.follow()
+            members = session.membership.alive()
+            suspended, leader, *answers = await asyncio.gather(
+                session.suspended(),
+                _unless_away(session.ask_leader("status")),
+                *(_unless_away(session.ask_node(node, "status", timeout_s=ASK_S)) for node in members),
+            )
+            entries = session.directory.entries()
+            return {
+                "leader": session.membership.leader,
+                "suspended": suspended,
+                "shards_total": session.shards_total,
+                "moves_running": leader["running"] if leader is not None else len(session.locked()),
+                "entries": entries,
+                "members": members,
+                "answers": dict(zip(members, answers, strict=True)),
+            }
+    except FerryError as error:
+        return {"nats_error": str(error), "entries": {}, "members": {}, "answers": {}}
+
+
+async def _unless_away(asking: Any) -> dict[str, Any] | None:
+    try:
+        answer: dict[str, Any] = await asking
+        return answer
+    except FerryError:
+        return None  # the caller reports whoever did not answer
+
+
+async def _of_records(store: RecordStore, *, all_workers: bool) -> dict[str, Any]:
+    try:
+        await store.ping()
+        plan, workers = await asyncio.gather(store.latest_plan(), answering_workers(all_of_them=all_workers))
+    except FerryError as error:
+        return {"redis_error": str(error)}
+    return {"plan": plan, "workers": workers}
+
+
+async def answering_workers(*, all_of_them: bool = False) -> list[str] | None:
+    """Names of the Celery workers that answer a ping; the first one only, or all that do so within PING_S.
+
+    None when the broker cannot be asked.
+    """
+
+    def ping() -> list[str] | None:
+        from kombu.exceptions import OperationalError
+        from redis.exceptions import RedisError
+
+        from workflows.app import app
+
+        try:
+            answers = app.control.ping(timeout=PING_S, limit=None if all_of_them else 1)
+        except (OperationalError, RedisError, OSError):
+            return None
+        return sorted(name for answer in answers for name in answer)
+
+    return await asyncio.to_thread(ping)
+
+
+async def _locks(entries: Mapping[str, MapEntry], store: RecordStore | None) -> list[HeldLock]:
+    locks = []
+    for unit, entry in entries.items():
+        view = entry.ownership
+        if view.move is None or view.destination is None:
+            continue
+        try:
+            move = await store.move(view.move) if store is not None else None
+        except FerryError:
+            move = None
+        idle_s = time.time() - (move.step_at or move.created_at) if move is not None else None
+        locks.append(
+            HeldLock(unit=unit, move=view.move, owner=view.owner, destination=view.destination, idle_s=idle_s)
+        )
+    return locks
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+def _node(member: Member, shards: int, answer: Mapping[str, Any] | None) -> dict[str, Any]:
+    told = answer or {}
+    return {
+        "id": member.id,
+        "incarnation": member.incarnation,
+        "state": member.state,
+        "weight": member.weight,
+        "role": member.role,
+        "shards": shards,
+        "actors": told.get("actors"),
+        "staged": told.get("staged"),
+        "paused": told.get("paused"),
+        "serving": told.get("serving"),
+        "counters": told.get("counters"),
+        "types": list(member.types),
+        "host": member.host,
+        "pid": member.pid,
+        "version": member.version,
+    }
+
+
+def _ownership_problems(status: Status) -> list[str]:
+    total = status.shards_total or 0
+    unowned = [shard_key(n) for n in range(total) if shard_key(n) not in status.entries]
+    found = [f"{_units(unowned)} no owner yet: a coordinator assigns them once a node is up"] if unowned else []
+    lost: dict[str, list[str]] = {}
+    for unit, entry in status.entries.items():
+        if entry.ownership.owner not in status.members:
+            lost.setdefault(entry.ownership.owner, []).append(unit)
+    for owner, units in sorted(lost.items()):
+        found.append(
+            f"node {owner} is gone and {_units(units)} not been given to another node yet: "
+            + ("the leader does so in a moment" if status.leader else "that is the coordinator's work")
+        )
+    return found
+
+
+def _node_problems(status: Status) -> list[str]:
+    found = []
+    for node, answer in sorted(status.answers.items()):
+        if answer is None:
+            found.append(f"node {node} holds a lease but does not answer: is it stopped, overloaded or cut off?")
+            continue
+        if not answer.get("serving", True):
+            found.append(f"node {node} could not renew its lease in time and serves nothing: look at its log")
+        quarantined = answer.get("counters", {}).get("quarantined", 0)
+        if quarantined:
+            found.append(
+                f"node {node} refused {quarantined} times to wake an actor whose log is shorter than what was"
+                " acknowledged (quarantined): look at its log, and at what happened to NATS' disk"
+            )
+        locked = {lock.unit for lock in status.locks}
+        # A unit that has just been handed over is not this node's any more in the map, which was read after the answer.
+        mine = {unit for unit, entry in status.entries.items() if entry.ownership.owner == node}
+        forgotten = [unit for unit in answer.get("paused", ()) if unit in mine - locked]
+        if forgotten:
+            found.append(f"at node {node} {_units(forgotten)} been paused without a lock: this ends within seconds")
+    return found
+
+
+def _lock_problems(status: Status) -> list[str]:
+    found = []
+    for lock in status.locks:
+        where = f"{shown(lock.unit)} is locked by move {lock.move} ({lock.owner} to {lock.destination})"
+        if lock.idle_s is None and status.redis_error is None:
+            found.append(f"{where}, of which there is no record: its source aborts it within seconds")
+        elif lock.idle_s is not None and lock.idle_s > status.stuck_after_s:
+            found.append(f"{where}, which stands still for {lock.idle_s:.0f} s: see `ferry migration {lock.move}`")
+    return found
+
+
+def shown(unit: str) -> str:
+    """A unit as users write it: shard/17."""
+    return unit.replace(".", "/", 1)
+
+
+def _units(units: Sequence[str]) -> str:
+    """`shard/1 has`, or `12 shards (shard/1, shard/2, ...) have`: the subject and auxiliary of a sentence."""
+    if len(units) == 1:
+        return f"{shown(units[0])} has"
+    named = ", ".join(shown(unit) for unit in units[:NAMED_AT_MOST])
+    return f"{len(units)} shards ({named}{', ...' if len(units) > NAMED_AT_MOST else ''}) have"
