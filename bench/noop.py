@@ -10,7 +10,8 @@ from typing import Any
 import redis
 from celery import Celery, chain
 
-from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app as ferry_app, settings
+from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, settings
+from workflows.app import app as ferry_app
 from workflows.records import STEPS
 
 QUEUE, DONE = "ferry-bench-noop", "ferry-bench-noop-done"

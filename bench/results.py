@@ -43,7 +43,9 @@ def table(name: str, results: Sequence[Result]) -> str:
     lines = [f"{name:<34}{'value':>12}{'floor':>12}{'ratio':>8}{'p50':>10}{'p99':>10}  unit ({os.cpu_count()} cores)"]
     for result in results:
         cells = [_cell(x) for x in (result.value, result.floor, result.ratio, result.p50, result.p99)]
-        lines.append(f"  {result.case:<32}{cells[0]:>12}{cells[1]:>12}{cells[2]:>8}{cells[3]:>10}{cells[4]:>10}  {result.unit}")
+        lines.append(
+            f"  {result.case:<32}{cells[0]:>12}{cells[1]:>12}{cells[2]:>8}{cells[3]:>10}{cells[4]:>10}  {result.unit}"
+        )
     return "\n".join(lines)
 
 

@@ -1,6 +1,9 @@
 """Named points where a test or a demonstration makes a process fail on purpose. Off unless FERRY_FAILPOINTS is set.
 
-    FERRY_FAILPOINTS="verify=error*1,commit=kill"       error: refuse for good; kill: SIGKILL; stop: SIGSTOP oneself
+    FERRY_FAILPOINTS="verify=error*1,commit=kill"
+
+    error        refuse for good                  kill    SIGKILL oneself
+    unavailable  refuse, and let them try again   stop    SIGSTOP oneself
 
 `*N` fires the first N times, then never again. A node passes the point `<verb>` on its side of every step, a worker
 `<step>.begin` and `<step>.end`. When off, `hit` is one look-up in an empty dict.
@@ -12,9 +15,9 @@ import os
 import signal
 from collections.abc import Mapping
 
-from routing.errors import InvalidInput, PermanentError
+from routing.errors import InvalidInput, PermanentError, Unavailable
 
-_ACTIONS = ("error", "kill", "stop")
+_ACTIONS = ("error", "unavailable", "kill", "stop")
 
 
 class Failpoints:
@@ -37,7 +40,7 @@ class Failpoints:
         return cls(environment.get("FERRY_FAILPOINTS", ""))
 
     def hit(self, name: str) -> None:
-        """Pass the point `name`. Raises PermanentError, or ends or stops this process, when it is armed."""
+        """Pass the point `name`. When armed: raises PermanentError or Unavailable, or ends or stops this process."""
         if name not in self._armed:
             return
         action, left = self._armed[name]
@@ -47,4 +50,6 @@ class Failpoints:
             self._armed[name] = (action, left - 1)
         if action == "error":
             raise PermanentError(f"failpoint {name}: refused on purpose (FERRY_FAILPOINTS)")
+        if action == "unavailable":
+            raise Unavailable(f"failpoint {name}: not now, on purpose (FERRY_FAILPOINTS)")
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)

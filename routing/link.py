@@ -72,7 +72,10 @@ class Link(Protocol):
         """
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
-        """Deliver messages on `subject` (wildcards allowed) to `handler`, in order, until stopped."""
+        """Deliver messages on `subject` (wildcards allowed) to `handler`, in order, until stopped.
+
+        Returns once the server knows. Outlives reconnects. Raises Unavailable when not connected.
+        """
 
     async def append(
         self, subject: str, payload: bytes, *, expected: int | None, timeout_s: float,
@@ -83,7 +86,8 @@ class Link(Protocol):
         `expected` is the sequence of the subject's last message (0: none), or None for no condition. `rollup`
         replaces everything stored on the subject before it. `ttl_s` lets it expire (a removal marker follows);
         `discard` stores a removal marker instead of a value. Raises WrongSequence when the expectation was refused,
-        InDoubt when no answer came (it may have landed, now or later), Unavailable when it was certainly not stored.
+        InDoubt when no answer came (it may have landed, now or later), Unavailable when it was certainly not stored,
+        PayloadTooLarge over the server's or the stream's limit, Incompatible when the stream does not allow it.
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:

@@ -1,7 +1,8 @@
 """Where logs go: one line per event on stderr, for every Ferry process and for the libraries under it.
 
     FERRY_LOG         console (default): aligned, coloured on a terminal     json: one JSON object per line
-    FERRY_LOG_LEVEL   debug, info, warning, error or critical; the default is the command's
+    FERRY_LOG_LEVEL   debug, info, warning, error or critical; the default is the command's. What is logged of each
+                      single shard (hundreds of lines when a node joins) needs debug.
 
 structlog renders, the standard library delivers: so Celery's and nats-py's own messages look like ours, and whoever
 embeds Ferry and never calls this keeps the logging they have.
@@ -20,6 +21,8 @@ from routing.errors import InvalidInput
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 FORMATS = ("console", "json")
+
+_OF_EACH_SHARD = ("ferry.directory", "ferry.host")  # warnings and errors of theirs are shown at every level
 
 # What both kinds of messages get, those of structlog and those of the standard library.
 _SHARED: tuple[Any, ...] = (
@@ -45,6 +48,8 @@ def configure_logging(default_level: str = "warning", *, path: str | None = None
         )
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
+    for name in _OF_EACH_SHARD:
+        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(level),  # what is not logged costs half a microsecond

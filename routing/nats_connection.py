@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,11 +150,15 @@ class NatsConnection:
                 continue
 
     async def _attach_for_ever(self) -> None:
+        reported = ""
         while True:
             try:
                 return await self._attach()
             except Exception as error:  # whatever a starting or broken server makes nats-py raise, for ever is for ever
-                log.debug("nats not back yet", url=self.url, error=f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+            if reason != reported:  # several times a second the same is no news
+                log.warning("nats not back yet", url=self.url, error=reason)
+                reported = reason
             await asyncio.sleep(RECONNECT_WAIT_S)
 
     async def _attach(self) -> None:
@@ -266,9 +271,9 @@ class NatsConnection:
 
     async def round_trip_s(self, timeout_s: float = BARRIER_TIMEOUT_S) -> float:
         """Seconds for a message to the server and back, after everything sent before it."""
-        began = self._loop.time()
+        began = time.perf_counter()  # uvloop's own clock ticks in milliseconds
         await self._barrier(self._attached(), timeout_s)
-        return self._loop.time() - began
+        return time.perf_counter() - began
 
     def guard(self, where: str, call: Callable[..., None], *arguments: Any) -> None:
         """Call a user's function; what it raises is counted and logged."""

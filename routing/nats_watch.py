@@ -13,7 +13,7 @@ import orjson
 import structlog
 from nats.aio.msg import Msg
 
-from routing.errors import Incompatible, Timeout, Unavailable
+from routing.errors import Timeout, Unavailable
 from routing.link import Entry, EntryHandler
 from routing.nats_connection import NatsConnection, Registration
 
@@ -71,8 +71,8 @@ class Watch:
             self._round = self._new_round()
             try:
                 await self._round.begin(RESTART_TIMEOUT_S)
-            except (Timeout, Unavailable, Incompatible) as error:
-                log.warning("watch not back yet", subject=self._subject, error=str(error))
+            except Exception as error:  # a follower that ended here would leave its handler stale and silent
+                log.warning("watch not back yet", subject=self._subject, error=f"{type(error).__name__}: {error}")
                 self._round.broken.set()
                 await asyncio.sleep(RESTART_WAIT_S)
 

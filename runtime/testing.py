@@ -33,9 +33,9 @@ from routing.errors import (
     PayloadTooLarge,
     Timeout,
     Unavailable,
-    WrongSequence,
 )
 from routing.link import Entry, EntryHandler, Handler, Message, StreamSpec
+from runtime.memory_stream import MemoryStream, matches
 
 log = structlog.get_logger("ferry.testing")
 
@@ -43,8 +43,6 @@ Kind = Literal["publish", "request", "append", "read"]
 Fault = Literal["deliver", "drop_request", "drop_reply", "late"]
 T = TypeVar("T")
 
-MARKER_TTL_S = 86_400.0  # as long as NatsLink lets removal markers live
-MIN_TTL_S = 1
 SETUP_TIMEOUT_S = 5.0
 DEFAULT_MAX_PAYLOAD = 2**20
 
@@ -67,7 +65,7 @@ class MemoryNats:
     ) -> None:  # fmt: skip
         self.latency, self.on_message, self.late_s, self.max_payload = latency, on_message, late_s, max_payload
         self._links_made = 0
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, MemoryStream] = {}
         self._exact: dict[str, list[_MemorySubscription]] = {}
         self._wildcard: list[_MemorySubscription] = []
 
@@ -85,7 +83,7 @@ class MemoryNats:
         """Hand a message to every live subscription; whether there was any."""
         found = [
             *self._exact.get(message.subject, ()),
-            *(one for one in self._wildcard if _matches(one.tokens, message.subject)),
+            *(one for one in self._wildcard if matches(one.tokens, message.subject)),
         ]
         live = [subscription for subscription in found if subscription.link.connected]
         for subscription in live:
@@ -107,21 +105,21 @@ class MemoryNats:
             return self._wildcard
         return self._exact.setdefault(subscription.subject, [])
 
-    def _stream(self, name: str) -> _Stream:
+    def _stream(self, name: str) -> MemoryStream:
         if name not in self._streams:
             raise Unavailable(f"there is no stream {name}: call ensure_stream first")
         return self._streams[name]
 
-    def _stream_of(self, subject: str) -> _Stream:
+    def _stream_of(self, subject: str) -> MemoryStream:
         for stream in self._streams.values():
-            if any(_matches(tokens, subject) for tokens in stream.patterns):
+            if any(matches(tokens, subject) for tokens in stream.patterns):
                 return stream
         raise Unavailable(f"no stream stores {subject}: call ensure_stream first")
 
     def _ensure(self, spec: StreamSpec) -> None:
         known = self._streams.get(spec.name)
         if known is None:
-            self._streams[spec.name] = _Stream(spec)
+            self._streams[spec.name] = MemoryStream(spec)
             return
         differing = [
             f"{field} is {getattr(known.spec, field)!r}, not {getattr(spec, field)!r}"
@@ -378,7 +376,7 @@ class _MemoryWatch:
         self._link, self._server, self._stream_name = link, server, stream
         self.tokens = tuple(subject.split("."))
         self._subject, self._handler, self._stopped = subject, handler, False
-        self._stream: _Stream | None = None
+        self._stream: MemoryStream | None = None
 
     def attach(self) -> None:
         """Send what is stored, then follow. Runs at the server; raises Unavailable without the stream."""
@@ -387,7 +385,7 @@ class _MemoryWatch:
         stream = self._server._stream(self._stream_name)
         newest = sorted(by_subject[-1] for by_subject in stream.by_subject.values())
         for sequence in newest:
-            if _matches(self.tokens, stream.entries[sequence].subject):
+            if matches(self.tokens, stream.entries[sequence].subject):
                 self.send(stream.entries[sequence])
         stream.watches.append(self)
         self._stream = stream
@@ -409,81 +407,6 @@ class _MemoryWatch:
     def _deliver(self, entry: Entry) -> None:
         if not self._stopped:
             self._link._guard(self._subject, self._handler, entry)
-
-
-class _Stream:
-    """Entries by sequence and by subject. Invariant: both hold the same entries, and no subject's list is empty."""
-
-    def __init__(self, spec: StreamSpec) -> None:
-        self.spec = spec
-        self.patterns = [tuple(subject.split(".")) for subject in spec.subjects]
-        self.entries: dict[int, Entry] = {}
-        self.by_subject: dict[str, list[int]] = {}
-        self.watches: list[_MemoryWatch] = []
-        self._sequence = 0
-        self._timers: dict[int, asyncio.TimerHandle] = {}
-
-    def append(
-        self, subject: str, payload: bytes, *, expected: int | None, rollup: bool, ttl_s: float | None, discard: bool
-    ) -> int:
-        last = self.by_subject.get(subject, [0])[-1]
-        if ttl_s is not None and not self.spec.ttl:
-            raise Incompatible(f"stream {self.spec.name} was made without time to live")
-        if 0 <= self.spec.max_message_bytes < len(payload):
-            raise PayloadTooLarge(f"{len(payload)} bytes for {subject}: at most {self.spec.max_message_bytes}")
-        if expected is not None and expected != last:
-            raise WrongSequence(f"{subject} is at sequence {last}, not {expected}: read it again")
-        sequence = self._store(subject, payload, removed=discard)
-        kept = 1 if rollup else self.spec.keep
-        for earlier in self.by_subject[subject][:-kept] if kept else []:
-            self._remove(earlier)
-        if ttl_s is not None:
-            ttl_s = max(MIN_TTL_S, math.ceil(ttl_s))  # JetStream's own minimum and granularity
-            self._timers[sequence] = asyncio.get_running_loop().call_later(ttl_s, self._expire, sequence)
-        return sequence
-
-    def last(self, subject: str) -> Entry | None:
-        sequences = self.by_subject.get(subject)
-        return self.entries[sequences[-1]] if sequences else None
-
-    def _store(self, subject: str, payload: bytes, *, removed: bool) -> int:
-        self._sequence += 1
-        entry = Entry(sequence=self._sequence, subject=subject, payload=payload, removed=removed)
-        self.entries[entry.sequence] = entry
-        self.by_subject.setdefault(subject, []).append(entry.sequence)
-        for watch in self.watches:
-            if _matches(watch.tokens, subject):
-                watch.send(entry)
-        return entry.sequence
-
-    def _expire(self, sequence: int) -> None:
-        """Time is up: a subject that loses its last value gets a marker, which expires in its turn without one."""
-        entry = self.entries[sequence]
-        self._remove(sequence)
-        if entry.subject not in self.by_subject and not entry.removed:
-            marker = self._store(entry.subject, b"", removed=True)
-            self._timers[marker] = asyncio.get_running_loop().call_later(MARKER_TTL_S, self._expire, marker)
-
-    def _remove(self, sequence: int) -> None:
-        entry = self.entries.pop(sequence)
-        sequences = self.by_subject[entry.subject]
-        sequences.remove(sequence)
-        if not sequences:
-            del self.by_subject[entry.subject]
-        if (timer := self._timers.pop(sequence, None)) is not None:
-            timer.cancel()
-
-
-def _matches(pattern: tuple[str, ...], subject: str) -> bool:
-    """NATS wildcards: `*` is one token, a last `>` is one or more."""
-    tokens = subject.split(".")
-    if pattern[-1] == ">":
-        if len(tokens) < len(pattern):
-            return False
-        pattern = pattern[:-1]
-    elif len(tokens) != len(pattern):
-        return False
-    return all(wanted in ("*", token) for wanted, token in zip(pattern, tokens, strict=False))
 
 
 def _resolve(future: asyncio.Future[T], value: T) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from celery import Celery
+import logging
+from typing import Any
 
+from celery import Celery, signals
+
+from routing.logs import configure_logging
 from routing.settings import Settings
+from workflows.flower_page import show_in_flower
 
 settings = Settings.load()
 
@@ -51,3 +56,12 @@ app.conf.update(
     },
     task_publish_retry_policy={"max_retries": 30, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
 )
+
+# `celery -A workflows flower` loads this module before it builds its web application; nobody else loads Flower's parts.
+show_in_flower(settings)
+
+
+@signals.setup_logging.connect
+def _configure_logging(loglevel: int | None = None, logfile: str | None = None, **_: Any) -> None:
+    """Worker and Flower log as every Ferry process does; connecting to the signal keeps Celery's own set-up away."""
+    configure_logging(logging.getLevelName(loglevel or logging.WARNING).lower(), path=logfile)

@@ -195,11 +195,11 @@ class _Demo:
         orphan = next(tail for tail in self._truth if directory.get_actor_node(ActorId("aircraft", tail)) == "c")
         shards = _count(directory, "c")
         cluster.processes["node-c"].kill9()
+        cluster.remove("node-c")
         began_s = time.monotonic()
         self._happened(f"node c is killed (SIGKILL) with {shards} shards")
         await client.send_message(f"aircraft/{orphan}", "totals", timeout=ANSWER_S)
         self._happened(f"an actor of node c answers again after {time.monotonic() - began_s:.1f} s, from its journal")
-        del cluster.processes["node-c"]
 
     async def _reach(self, share: float) -> None:
         while self._done < share * len(self._flights):

@@ -27,7 +27,7 @@ ASK_S = 3.0
 SKEW_WARN_S = 1.0  # commands carry a deadline by the sender's clock; a second is a tenth of the default one
 SLOW_RTT_S = 0.05  # every command appends once and every step asks twice: from here on moves feel slow
 
-_PACKAGES = ("actor-ferry", "celery", "nats-py", "redis", "flower")
+_PACKAGES = {"ferry": "actor-ferry", "celery": "celery", "nats-py": "nats-py", "redis-py": "redis", "flower": "flower"}
 
 
 class Verdict(StrEnum):
@@ -59,17 +59,16 @@ async def examine(settings: Settings) -> list[Finding]:
 
 def _versions() -> list[Finding]:
     found = [Finding(check="python", verdict=Verdict.OK, found=platform.python_version())]
-    for package in _PACKAGES:
+    for name, package in _PACKAGES.items():
         try:
-            found.append(Finding(check=package, verdict=Verdict.OK, found=version(package)))
+            found.append(Finding(check=name, verdict=Verdict.OK, found=version(package)))
         except PackageNotFoundError:
-            found.append(
-                Finding(check=package, verdict=Verdict.WARN, found="not installed", mend="pip install actor-ferry")
-            )
+            mend = "pip install actor-ferry"
+            found.append(Finding(check=name, verdict=Verdict.WARN, found="not installed", mend=mend))
     return found
 
 
-# -- NATS ----------------------------------------------------------------------------------------------------------------
+# -- NATS --------------------------------------------------------------------------------------------------------------
 async def _nats(settings: Settings) -> list[Finding]:
     try:
         link = await NatsLink.connect(settings.nats_url, name="ferry-doctor")
@@ -112,9 +111,8 @@ async def _streams(link: Link, settings: Settings) -> list[Finding]:
     except FerryError as error:
         return [_failed("cluster", error)]
     subjects = Subjects(settings.cluster, born.logs)
-    found = [
-        Finding(check="cluster", verdict=Verdict.OK, found=f"{subjects.cluster}: {born.shards} shards, {born.logs} logs")
-    ]
+    shape = f"{subjects.cluster}: {born.shards} shards, {born.logs} logs"
+    found = [Finding(check="cluster", verdict=Verdict.OK, found=shape)]
     for name in ("shards", "logs"):
         if getattr(born, name) != getattr(settings, name):
             found.append(
@@ -152,12 +150,12 @@ def _replicas(infos: dict[str, dict[str, Any]]) -> Finding:
     fewest = min(info["config"]["num_replicas"] for info in infos.values())
     return Finding(
         check="replicas", verdict=Verdict.OK if fewest >= 3 else Verdict.WARN,
-        found=f"R{fewest}: {'every message on ' + str(fewest) + ' servers' if fewest > 1 else 'one copy of everything'}",
+        found=f"R{fewest}: " + (f"every message on {fewest} servers" if fewest > 1 else "one copy of everything"),
         mend="" if fewest >= 3 else "a lost disk loses the cluster; on three NATS servers, FERRY_REPLICAS=3 at birth",
     )  # fmt: skip
 
 
-# -- Redis ---------------------------------------------------------------------------------------------------------------
+# -- Redis -------------------------------------------------------------------------------------------------------------
 async def _redis(settings: Settings) -> list[Finding]:
     try:
         redis = Redis.from_url(settings.redis_url, socket_timeout=ASK_S, socket_connect_timeout=ASK_S)
@@ -171,7 +169,7 @@ async def _redis(settings: Settings) -> list[Finding]:
     except (RedisError, OSError) as error:
         return [
             Finding(
-                check="redis", verdict=Verdict.FAIL, found=f"not reachable: {error}",
+                check="redis", verdict=Verdict.FAIL, found=str(error),
                 mend="start it (`ferry up`, or redis-server), or correct FERRY_REDIS_URL",
             )
         ]  # fmt: skip
@@ -180,7 +178,7 @@ async def _redis(settings: Settings) -> list[Finding]:
     name = f"valkey {server['valkey_version']}" if "valkey_version" in server else f"redis {server['redis_version']}"
     keeps, evicts = bool(storage.get("aof_enabled")), memory.get("maxmemory_policy", "noeviction") != "noeviction"
     return [
-        Finding(check="redis", verdict=Verdict.OK, found=f"{name}, {'append-only file' if keeps else 'no append-only file'}"),
+        Finding(check="redis", verdict=Verdict.OK, found=f"{name}, {'with' if keeps else 'without'} append-only file"),
         *([] if keeps else [_WITHOUT_AOF]),
         *([_EVICTS] if evicts else []),
         Finding(
@@ -201,7 +199,7 @@ _EVICTS = Finding(
 )  # fmt: skip
 
 
-# -- what runs -----------------------------------------------------------------------------------------------------------
+# -- what runs ---------------------------------------------------------------------------------------------------------
 def _cluster(status: Status) -> list[Finding]:
     """Leader, nodes and workers, then what `ferry status` calls problems."""
     found = []

@@ -9,19 +9,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
-from workflows.progress import Show
+if TYPE_CHECKING:  # it brings the clients of Redis and NATS with it
+    from workflows.progress import Show
 
 Cell = str | int | float | None
 
 
-def print_json(document: Any) -> None:
+def print_json(document: Any, *, indent: bool = True) -> None:
     """One JSON document on stdout."""
-    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
+    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode())
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
@@ -69,7 +70,8 @@ def progress(what: str, *, quiet: bool = False) -> Iterator[Show]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[why]}"))
+        reason = TextColumn("{task.fields[why]}", markup=False)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), reason)
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=None, why="")
             yield lambda done, total, why: bar.update(task, completed=done, total=total or None, why=why)
@@ -85,7 +87,7 @@ def progress(what: str, *, quiet: bool = False) -> Iterator[Show]:
         yield show
 
 
-# -- values as people read them ------------------------------------------------------------------------------------------
+# -- values as people read them ----------------------------------------------------------------------------------------
 def size(byte_count: int | None) -> str | None:
     """1536 -> `1.5 KiB`."""
     if byte_count is None:
@@ -120,7 +122,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-# -- whole answers --------------------------------------------------------------------------------------------------------
+# -- whole answers -----------------------------------------------------------------------------------------------------
 def print_status(document: Mapping[str, Any]) -> None:
     """`ferry status` for people."""
     headline = [f"cluster {document['cluster']}", f"led by {document['leader']}" if document["leader"] else "no leader"]
@@ -152,7 +154,8 @@ def print_status(document: Mapping[str, Any]) -> None:
 
 
 def _plan_line(plan: Mapping[str, Any]) -> str:
-    line = f"last plan {plan['id']} ({plan['reason']}): {plan['completed']} of {counted(plan['total'], 'move')} completed"
+    line = f"last plan {plan['id']} ({plan['reason']}): "
+    line += f"{plan['completed']} of {counted(plan['total'], 'move')} completed"
     if plan["failed"]:
         line += f", {plan['failed']} not"
     if plan["cancelled"]:
@@ -191,7 +194,8 @@ def print_migrations(rows: Sequence[Mapping[str, Any]]) -> None:
         [
             [
                 row["id"], row["actor_id"], row["shard"], row["source"], row["destination"], row["status"],
-                size(row["state_bytes"]), _rounded(row["blackout_ms"]), clock_time(row["finished_at"] or row["created_at"]),
+                size(row["state_bytes"]), _rounded(row["blackout_ms"]),
+                clock_time(row["finished_at"] or row["created_at"]),
             ]
             + ([row["error"] or ""] if with_errors else [])
             for row in rows
@@ -199,7 +203,7 @@ def print_migrations(rows: Sequence[Mapping[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def print_record(record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
+def print_record(record: Mapping[str, Any]) -> None:
     """One migration, or one move: its fields, then when it reached what."""
     shown = {name: value for name, value in record.items() if name not in _SHOWN_ELSEWHERE and value is not None}
     width = max(len(name) for name in shown)
@@ -208,13 +212,13 @@ def print_record(record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) 
     click.echo()
     print_table(
         ["step", "reached", "at", "ms"],
-        [[s["step"], s["status"], clock_time(s["reached_at"]), _rounded(s["ms"])] for s in steps],
+        [[s["step"], s["status"], clock_time(s["reached_at"]), _rounded(s["ms"])] for s in record["steps"]],
     )
 
 
 _SHOWN_ELSEWHERE = frozenset(
     {"created_at", "started_at", "paused_at", "captured_at", "serialized_at", "sent_at", "acked_at", "finished_at",
-     "step_at", "task_ids", "migrations", "revision"}
+     "step_at", "steps", "task_ids", "migrations", "revision"}
 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ async def gather_status(settings: Settings, *, all_workers: bool = False) -> Sta
     store = RecordStore.connect(settings.redis_url, settings.cluster, timeout_s=STORE_S)
     try:
         seen, recorded = await asyncio.gather(_of_cluster(settings), _of_records(store, all_workers=all_workers))
-        locks = await _locks(seen["entries"], store if recorded["redis_error"] is None else None)
+        locks = await _locks(seen["entries"], store if "redis_error" not in recorded else None)
     finally:
         await store.close()
     return Status(cluster=settings.cluster, locks=locks, stuck_after_s=settings.pause_lease_s, **seen, **recorded)
@@ -181,9 +181,7 @@ async def _locks(entries: Mapping[str, MapEntry], store: RecordStore | None) -> 
         except FerryError:
             move = None
         idle_s = time.time() - (move.step_at or move.created_at) if move is not None else None
-        locks.append(
-            HeldLock(unit=unit, move=view.move, owner=view.owner, destination=view.destination, idle_s=idle_s)
-        )
+        locks.append(HeldLock(unit=unit, move=view.move, owner=view.owner, destination=view.destination, idle_s=idle_s))
     return locks
 
 

@@ -1,0 +1,85 @@
+"""A planned move, launched as the coordinator launches it, on a real worker between real nodes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from pytest_celery import CeleryTestSetup
+
+from tests.celery.scene import DESTINATION, SOURCE, Scene, until
+from workflows.records import STATUS_AFTER, STEPS, MigrationStatus
+
+EVERY_STATUS = list(STATUS_AFTER.values())
+
+
+async def test_a_move_passes_all_six_statuses_in_order_while_its_actors_are_in_use(
+    scene: Scene, celery_setup: CeleryTestSetup
+) -> None:
+    """Each step is taken once, in order, and written down; nobody who uses the actors meanwhile loses a command."""
+    # given actors that are in use at the source
+    async with scene.traffic() as traffic:
+        planned = await scene.plan_move()
+
+        # when the chain runs
+        await scene.launch(planned)
+        move = await scene.ended(planned)
+        await traffic.goes_on()
+
+    # then every status was reached once and in order
+    assert move.status is MigrationStatus.COMPLETED, move.error
+    assert await scene.history(move) == EVERY_STATUS
+    times = [
+        move.created_at, move.started_at, move.paused_at, move.captured_at, move.serialized_at, move.sent_at,
+        move.acked_at, move.finished_at,
+    ]  # fmt: skip
+    assert all(earlier <= later for earlier, later in pairwise(times))
+
+    # and the record says what was moved, by which tasks, and what it cost
+    assert move.task_ids == planned.task_ids
+    for step, task_id in planned.task_ids.items():
+        celery_setup.worker.assert_log_exists(f"workflows.migration.{step}[{task_id}] succeeded")
+    assert (move.step, move.error, move.attempts) == (None, None, len(STEPS))
+    assert move.blackout_ms is not None
+    assert move.blackout_ms > 0
+    rows = await scene.context.store.actors(move.id)
+    assert {row.actor_id for row in rows} == {str(actor) for actor in traffic.aircraft}
+    assert all(row.version and row.digest and row.state_bytes and row.error is None for row in rows)
+    assert (move.actors_total, move.state_bytes) == (len(rows), sum(row.state_bytes or 0 for row in rows))
+
+    # and the actors are at the destination, with every flight once
+    await scene.assert_moved(move)
+    await traffic.check_totals()
+    shards = {node: (await scene.node(node))["shards"] for node in (SOURCE, DESTINATION)}
+    assert shards == {SOURCE: 3, DESTINATION: 1}
+
+
+async def test_a_chain_that_is_sent_twice_moves_once(scene: Scene, celery_setup: CeleryTestSetup) -> None:
+    """Celery delivers tasks twice and late: steps that do not apply (any more) change nothing and say nothing."""
+    async with scene.traffic() as traffic:
+        # given a chain that is sent twice at once
+        planned = await scene.plan_move()
+        await scene.launch(planned)
+        await scene.launch(planned)
+        move = await scene.ended(planned)
+        await _all_succeeded(celery_setup, planned.task_ids["delete"], times=2)
+
+        # when it comes once more, long after it is done
+        await scene.launch(planned)
+        await _all_succeeded(celery_setup, planned.task_ids["delete"], times=3)
+        await traffic.goes_on()
+
+    # then there was one move
+    assert move.status is MigrationStatus.COMPLETED, move.error
+    assert await scene.record(move) == move
+    assert await scene.history(move) == EVERY_STATUS
+    await scene.assert_moved(move)
+    await traffic.check_totals()
+
+
+async def _all_succeeded(celery_setup: CeleryTestSetup, task_id: str, *, times: int) -> None:
+    """Wait until the worker has run a task this often without an error."""
+
+    async def enough() -> bool:
+        return celery_setup.worker.logs().count(f"[{task_id}] succeeded") >= times
+
+    await until(enough, f"task {task_id} to succeed {times} times")
