@@ -90,7 +90,8 @@ class StepContext:
         """End a move from what the map says of it, aborting it if it is still locked. Safe for anyone, any time.
 
         completed     the map says committed, whatever went wrong afterwards: roll forward
-        rolled_back   the map says aborted, or never was locked for it (cancelled, if its plan was)
+        cancelled     it was never launched, or an operator stopped its plan
+        rolled_back   the map says aborted, or was never locked for it
 
         Raises Unavailable, Timeout, InDoubt: the outcome is not known yet, ask again.
         """
@@ -101,8 +102,9 @@ class StepContext:
         if outcome is Outcome.COMMITTED:
             return await self._end(move, MigrationStatus.COMPLETED)
         plan = await self.store.plan(move.plan_id)
-        ended = MigrationStatus.CANCELLED if plan is not None and plan.cancelled else MigrationStatus.ROLLED_BACK
-        return await self._end(move, ended, error=error or move.error or "aborted: nobody drove it on in time")
+        cancelled = move.started_at is None or (plan is not None and plan.cancelled)
+        status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.ROLLED_BACK
+        return await self._end(move, status, error=error or move.error or "aborted: nobody drove it on in time")
 
     async def _end(self, move: Move, status: MigrationStatus, **changes: Any) -> Move:
         try:

@@ -33,7 +33,6 @@ from routing.link import Entry, Link, Message, Subscription
 from routing.membership import OBSERVER_MARGIN_S, Member, Membership
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.settings import Settings
-from routing.shard_map import Outcome
 from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, kv_stream, kv_subject, shard_key, shard_of_key
 from workflows import planner
 from workflows.context import StepContext
@@ -197,8 +196,6 @@ class Coordinator:
             self._relaunched.pop(last.move, None)
             log.info("move ended", move=move.id, unit=unit, outcome=last.outcome)
             self._wake.set()
-            if last.outcome is Outcome.ABORTED:
-                self._replan_later()
 
     def _on_reconnect(self) -> None:
         """While NATS was away nobody could renew: give every node its chance before calling it dead."""

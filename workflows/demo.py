@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Report:
     mismatched: int = 0
     moves: int = 0
     rolled_back: int = 0
+    rolled_back_reasons: dict[str, int] = field(default_factory=dict)
     migrations: int = 0
     migrations_per_s: float = 0.0
     blackout_ms: dict[str, float | None] = field(default_factory=dict)
@@ -239,7 +241,8 @@ class _Demo:
         plans = [p for p in await context.store.plans(limit=1_000) if p.started_at and p.finished_at]
         moving_s = sum(p.finished_at - p.started_at for p in plans if p.finished_at and p.started_at)
         report.moves, report.migrations = len(moves), len(completed)
-        report.rolled_back = sum(m.status is MigrationStatus.ROLLED_BACK for m in moves)
+        reasons = Counter(m.error or "unknown" for m in moves if m.status is MigrationStatus.ROLLED_BACK)
+        report.rolled_back, report.rolled_back_reasons = reasons.total(), dict(reasons)
         report.unfinished = len(await context.store.unfinished_moves())
         report.migrations_per_s = round(len(completed) / moving_s, 1) if moving_s else 0.0
         report.blackout_ms = _percentiles(completed)
@@ -306,6 +309,7 @@ def _print(report: Report, console: Console) -> None:
         f"mismatched     {report.mismatched:>8,}   totals compared with a group-by over the file",
         f"moves          {report.moves:>8,}   of shards; {report.rolled_back} rolled back,"
         f" {report.unfinished} unfinished",
+        *(f"               {count:>8,}   {reason}" for reason, count in report.rolled_back_reasons.items()),
         f"migrations     {report.migrations:>8,}   live actors, {report.migrations_per_s:,} a second",
         f"blackout       {blackout.get('p50')!s:>8}   ms p50,"
         f" {blackout.get('p99')} ms p99, {blackout.get('max')} ms max",

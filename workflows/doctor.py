@@ -92,7 +92,7 @@ async def _nats(settings: Settings) -> list[Finding]:
 def _sync(settings: Settings) -> Finding:
     """Only the server's own configuration file tells; there is none to read but that of our embedded server."""
     if embedded_urls(Path(settings.data_dir)).get("nats_url") == settings.nats_url:
-        config = Path(settings.data_dir) / "nats.conf"
+        config = Path(settings.data_dir) / "nats" / "server.conf"
         if config.is_file() and "sync_interval: always" in config.read_text():
             return Finding(check="sync_interval", verdict=Verdict.OK, found="always (embedded server)")
         return Finding(

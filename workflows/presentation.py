@@ -127,7 +127,10 @@ def print_status(document: Mapping[str, Any]) -> None:
     """`ferry status` for people."""
     headline = [f"cluster {document['cluster']}", f"led by {document['leader']}" if document["leader"] else "no leader"]
     if document["shards_total"] is not None:
-        headline += [counted(document["shards_total"], "shard"), f"{document['moves_running']} moves running"]
+        headline += [
+            counted(document["shards_total"], "shard"),
+            f"{counted(document['moves_running'], 'move')} running",
+        ]
     if document["suspended"]:
         headline.append("rebalancing suspended (`ferry resume` lets it go on)")
     click.echo(", ".join(headline))

@@ -87,9 +87,9 @@ async def _what_blocks(session: Session, *, since: float, leaving: str | None = 
             return "rebalancing is suspended: `ferry resume` lets it go on"
         if leaving is not None and not any(m.takes_shards for m in members.values() if m.id != leaving):
             return f"no other node is up to take its shards: nodes are {', '.join(members) or 'none'}"
+        latest = await session.store.moves(limit=LATEST_MOVES)  # first, because Celery asks a dead Redis for seconds
         if await answering_workers() == []:
             return "no worker answers: start one with `celery -A workflows worker`"
-        latest = await session.store.moves(limit=LATEST_MOVES)
     except TransientError as error:
         return str(error)
     failed = [m for m in latest if m.status in _FAILED and leaving in (None, m.source) and m.created_at > since]

@@ -7,6 +7,7 @@ offers that over a process of `workflows.local`, and pytest-celery's own vendor 
 from __future__ import annotations
 
 import signal as signals
+import time
 import uuid
 from typing import Any
 
@@ -15,6 +16,7 @@ from pytest_celery import CeleryWorkerContainer, RedisContainer
 from workflows.local import EmbeddedServers, LocalCluster, LocalProcess
 
 STOP_S = 10.0
+READY_S = 45.0
 
 
 class ProcessContainer:
@@ -93,6 +95,13 @@ class LocalWorker(CeleryWorkerContainer):
         from workflows.app import app
 
         return str(app.conf.task_default_queue)
+
+    def ready(self) -> bool:
+        """Look often, where pytest-celery looks once a second. It raises when the worker has ended meanwhile."""
+        deadline = time.monotonic() + READY_S
+        while self.status == "running" and self.ready_prompt not in self.logs() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return bool(super().ready())
 
     def teardown(self) -> None:
         self._container.process.kill9()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from urllib.parse import urlencode
 
 from routing.address import ActorId, shard_of
@@ -48,6 +49,11 @@ class Filters:
         )
 
     @property
+    def statuses(self) -> tuple[MigrationStatus | None, ...]:
+        """Those to read; None reads all."""
+        return IN_FLIGHT if self.in_flight else (self.status,)
+
+    @property
     def status_text(self) -> str:
         return IN_FLIGHT_FILTER if self.in_flight else self.status or ""
 
@@ -82,29 +88,26 @@ class Reader:
         return MoveView.of(move, task_state), [ActorMigration.of(move, row) for row in rows]
 
     async def migrations(self, filters: Filters) -> list[ActorMigration]:
-        """As `ferry migrations` lists them."""
-        found = await self.store.migrations(
-            status=filters.status, plan=filters.plan, actor=str(filters.actor) if filters.actor else None,
-            shard=self._shard(filters), limit=filters.limit,
+        """As `ferry migrations` lists them, the newest move first."""
+        actor = filters.actor
+        found = await asyncio.gather(
+            *(
+                self.store.migrations(
+                    status=status, plan=filters.plan, actor=str(actor) if actor else None, limit=filters.limit,
+                    # An actor's moves are found among its shard's instead of among all.
+                    shard=shard_of(actor, self.shards_total) if actor else None,
+                )
+                for status in filters.statuses
+            )
         )  # fmt: skip
-        return [row for row in found if row.status in IN_FLIGHT] if filters.in_flight else found
+        return sorted(chain.from_iterable(found), key=lambda row: row.created_at, reverse=True)[: filters.limit]
 
     async def _moves(self, filters: Filters) -> list[Move]:
         if filters.actor is not None:
             ids = dict.fromkeys(row.move_id for row in await self.migrations(filters))
             read = await asyncio.gather(*(self.store.move(move_id) for move_id in ids))
             return [move for move in read if move is not None]
-        if filters.status is not None:
-            return await self.store.moves(filters.plan, filters.limit, filters.status)
-        newest = [] if filters.in_flight else await self.store.moves(filters.plan, filters.limit)
-        # In a plan of more moves than are shown, what is under way must not be missing.
-        begun = await asyncio.gather(
-            *(self.store.moves(filters.plan, filters.limit, status) for status in IN_FLIGHT)
-        )
-        under_way = {move.id: move for moves in begun for move in moves}
-        rest = [move for move in newest if move.id not in under_way]
-        return [*under_way.values(), *rest][: filters.limit]
-
-    def _shard(self, filters: Filters) -> int | None:
-        """An actor's moves are found among its shard's instead of among all."""
-        return shard_of(filters.actor, self.shards_total) if filters.actor is not None else None
+        # With all, ask for those in flight as well: in a plan of more moves than are shown they must not be missing.
+        statuses = (*IN_FLIGHT, None) if filters.statuses == (None,) else filters.statuses
+        found = await asyncio.gather(*(self.store.moves(filters.plan, filters.limit, status) for status in statuses))
+        return list({move.id: move for move in chain.from_iterable(found)}.values())[: filters.limit]

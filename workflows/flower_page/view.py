@@ -182,7 +182,7 @@ STATUS_BADGES = {
     MigrationStatus.COMPLETED: "text-bg-success",
     MigrationStatus.ROLLED_BACK: "text-bg-warning",
     MigrationStatus.FAILED: "text-bg-danger",
-    MigrationStatus.CANCELLED: "migration-cancelled",
+    MigrationStatus.CANCELLED: "migration-badge-cancelled",
 } | dict.fromkeys(IN_FLIGHT, "task-state-started")
 
 # As on Flower's own task page, but quieter: there is one per task there, and six per row here.

@@ -1,0 +1,70 @@
+"""A step that cannot be taken ends the move at the source, whichever step it is, and nobody notices but the record."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.celery.scene import SOURCE, Scene
+from workflows.records import STATUS_AFTER, STEPS, MigrationStatus
+
+# The first time it is asked, a node refuses for good: step, at the source, at the destination.
+REFUSALS = {
+    "pause": ("pause", "pause=error*1", ""),
+    "capture": ("capture", "capture=error*1", ""),
+    "serialize": ("serialize", "serialize=error*1", ""),
+    "send": ("send", "send=error*1", ""),
+    "send-stage": ("send", "", "stage=error*1"),
+    "await_ack": ("await_ack", "await_ack=error*1", ""),
+    "await_ack-verify": ("await_ack", "", "verify=error*1"),
+    "delete": ("delete", "commit=error*1", ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "source_failpoints", "destination_failpoints"), REFUSALS.values(), ids=REFUSALS.keys()
+)
+async def test_a_step_that_is_refused_for_good_rolls_back_and_the_shard_can_move_later(
+    scene: Scene, step: str
+) -> None:
+    """The map says aborted, the record says at which step and why, the source serves on, and nothing is left over."""
+    async with scene.traffic() as traffic:
+        # given a move that a node refuses at one step
+        planned = await scene.plan_move()
+        await scene.launch(planned)
+
+        # when it has ended
+        refused = await scene.ended(planned)
+        await traffic.goes_on()
+
+        # then it is rolled back: in the record, in the map, and at both nodes
+        assert refused.status is MigrationStatus.ROLLED_BACK
+        assert refused.error is not None
+        assert refused.error.startswith(f"{step}: ")
+        assert "refused on purpose" in refused.error
+        taken = [STATUS_AFTER[earlier] for earlier in STEPS[: STEPS.index(step)]]
+        assert await scene.history(refused) == [*taken, MigrationStatus.ROLLED_BACK]
+        await scene.assert_kept(refused)
+
+        # and it leaves nothing that a second try would stumble over
+        again = await scene.plan_move()
+        await scene.launch(again)
+        moved = await scene.ended(again)
+        await traffic.goes_on()
+
+    assert moved.status is MigrationStatus.COMPLETED, moved.error
+    await scene.assert_moved(moved)
+    await traffic.check_totals()
+
+
+async def test_a_rollback_that_comes_after_the_commit_leaves_the_move_complete(scene: Scene) -> None:
+    """Errback and last step can both run: COMMIT and ABORT start from one revision, so the map has one answer."""
+    from workflows.migration import rollback
+
+    # given a move that is complete
+    async with scene.traffic() as traffic:
+        planned = await scene.plan_move()
+        await scene.launch(planned)
+        move = await scene.ended(planned)
+
+        # when its rollback runs late
+        ...

@@ -1,0 +1,249 @@
+"""What an application imports: handles, plain calls, and the blocking twin."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from routing.client import Cluster, SyncCluster
+from routing.errors import HandlerFailed, InDoubt, InvalidInput, Rejected, Unavailable, UnknownActorType, UnknownCommand
+from routing.link import Link
+from runtime.testing import MemoryNats
+from tests.unit.cluster import cluster
+from tests.unit.virtual_time import virtually
+
+
+def client_of(nats: MemoryNats, name: str = "default") -> Cluster:
+    async def open_link() -> Link:
+        return nats.link("client")
+
+    return Cluster(open_link, cluster=name)
+
+
+@virtually
+async def test_a_handles_methods_are_the_actors_commands_and_queries() -> None:
+    """The contract's example."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        ledger = client.actor("ledger", "k")
+
+        assert await ledger.write(entry="one") == 1
+        assert await ledger.read() == ["one"]
+
+
+@virtually
+async def test_a_message_is_sent_by_address_name_and_id() -> None:
+    """The same id again: applied once, the same reply."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        first = await client.send_message("ledger/k", "write", {"entry": 1}, message_id="m-1", timeout=5.0)
+        again = await client.send_message("ledger/k", "write", {"entry": 1}, message_id="m-1", timeout=5.0)
+
+        assert (first, again) == (1, 1)
+        assert await client.actor("ledger", "k").read() == [1]
+
+
+@virtually
+async def test_errors_arrive_as_what_they_are() -> None:
+    """Rejected, a failed handler, an unknown command or type, wrong arguments."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        ledger = client.actor("ledger", "k")
+        await ledger.close()
+
+        with pytest.raises(Rejected, match="closed"):
+            await ledger.write(entry=1)
+        with pytest.raises(HandlerFailed, match="mistake"):
+            await ledger.write_and_fail(entry=1)
+        with pytest.raises(UnknownCommand):
+            await ledger.no_such_thing()
+        with pytest.raises(UnknownCommand):
+            await ledger.written(entry=1)
+        with pytest.raises(UnknownActorType):
+            await client.actor("nobody", "k").write(entry=1)
+        with pytest.raises(InvalidInput):
+            await ledger.write(wrong=1)
+
+
+@virtually
+async def test_no_answer_in_time_is_in_doubt_and_asking_again_tells() -> None:
+    """The append is answered too late for the caller; the command was applied once all the same."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        small.disturb("drop_reply", "append", ".ev.")
+
+        with pytest.raises(InDoubt) as doubt:
+            await client.send_message("ledger/k", "write", {"entry": 1}, message_id="m-1", timeout=0.5)
+
+        assert doubt.value.message_id == "m-1"
+        assert await client.send_message("ledger/k", "write", {"entry": 1}, message_id="m-1") == 1
+        assert await client.actor("ledger", "k").read() == [1]
+        assert small.disturbed()
+
+
+@virtually
+async def test_the_node_of_an_actor_is_the_maps_owner() -> None:
+    """Read from the leader: true at the time of asking."""
+    async with cluster("a", "b") as small, client_of(small.nats) as client:
+        assert await client.get_actor_node("ledger/k") == "a"
+
+        await small.move("m", "b")
+
+        assert await client.get_actor_node("ledger/k") == "b"
+
+
+@virtually
+async def test_nobody_owns_an_actor_before_the_first_assignment() -> None:
+    """None, not an error."""
+    async with cluster() as small:
+        await small.add("a")
+        async with client_of(small.nats) as client:
+            assert await client.get_actor_node("ledger/k") is None
+
+
+@virtually
+async def test_entering_without_such_a_cluster_is_unavailable() -> None:
+    """A typo in the cluster's name shows at once."""
+    async with cluster("a") as small:
+        with pytest.raises(Unavailable):
+            await client_of(small.nats, "elsewhere").__aenter__()
+
+
+@virtually
+async def test_a_malformed_actor_is_invalid_input() -> None:
+    """Before anything is sent."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for actor in ("ledger", "/k", "ledger/", "Ledger/k", ""):
+            with pytest.raises(InvalidInput):
+                await client.send_message(actor, "read")
+            with pytest.raises(InvalidInput):
+                await client.get_actor_node(actor)
+        with pytest.raises(InvalidInput):
+            client.actor("ledger", "")
+
+
+@virtually
+async def test_a_handle_is_not_mistaken_for_something_it_is_not() -> None:
+    """Python asks objects for names of its own: such a question must not become a command."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        ledger = client.actor("ledger", "k")
+
+        assert not hasattr(ledger, "__len__")
+        assert not hasattr(ledger, "_private")
+        assert copy.copy(ledger) is not None
+        assert "ledger/k" in repr(ledger)
+
+
+@virtually
+async def test_a_client_that_was_left_says_so() -> None:
+    """An error of the tree, not an AttributeError from inside."""
+    async with cluster("a") as small:
+        async with client_of(small.nats) as client:
+            await client.actor("ledger", "k").write(entry=1)
+
+        with pytest.raises(Unavailable):
+            await client.send_message("ledger/k", "read", timeout=1.0)
+
+
+@virtually
+async def test_a_client_that_was_never_entered_says_so() -> None:
+    """The commonest mistake gets a sentence that helps."""
+    async with cluster("a") as small:
+        with pytest.raises((Unavailable, InvalidInput)):
+            await client_of(small.nats).send_message("ledger/k", "read", timeout=1.0)
+
+
+class Background:
+    """A whole cluster on the loop of a SyncCluster's own thread, real time and all: it starts with the first link."""
+
+    def __init__(self) -> None:
+        self.nats: MemoryNats | None = None
+        self.leave: list[Coroutine[Any, Any, None]] = []
+
+    async def open_link(self) -> Link:
+        context = cluster("a")
+        small = await context.__aenter__()
+        self.nats = small.nats
+        self.leave.append(context.__aexit__(None, None, None))
+        return small.nats.link("client")
+
+
+@pytest.fixture
+def blocking() -> Iterator[SyncCluster]:
+    background = Background()
+    with SyncCluster(Cluster(background.open_link, cluster="default")) as client:
+        yield client
+    for coroutine in background.leave:
+        coroutine.close()
+
+
+def test_blocking_code_calls_actors_as_well(blocking: SyncCluster) -> None:
+    """The same methods without await."""
+    ledger = blocking.actor("ledger", "k")
+
+    assert ledger.write(entry="one") == 1
+    assert ledger.read() == ["one"]
+    assert blocking.send_message("ledger/k", "write", {"entry": "two"}, message_id="m", timeout=5.0) == 2
+    assert blocking.send_message("ledger/k", "write", {"entry": "two"}, message_id="m", timeout=5.0) == 2
+    assert blocking.get_actor_node("ledger/k") == "a"
+
+
+def test_blocking_calls_raise_what_awaited_ones_raise(blocking: SyncCluster) -> None:
+    """In the calling thread."""
+    ledger = blocking.actor("ledger", "k")
+    ledger.close()
+
+    with pytest.raises(Rejected):
+        ledger.write(entry=1)
+    with pytest.raises(InvalidInput):
+        blocking.send_message("nonsense", "read")
+
+
+def test_any_thread_may_call(blocking: SyncCluster) -> None:
+    """Django workers share one client: nothing lost, nothing doubled."""
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: blocking.actor("ledger", "k").write(entry=n), range(40)))
+
+    assert sorted(blocking.actor("ledger", "k").read()) == list(range(40))
+
+
+def test_leaving_ends_the_background_thread() -> None:
+    """Nothing of it keeps a process alive."""
+    before = set(threading.enumerate())
+    background = Background()
+
+    with SyncCluster(Cluster(background.open_link, cluster="default")) as client:
+        client.actor("ledger", "k").read()
+        assert set(threading.enumerate()) - before
+    for coroutine in background.leave:
+        coroutine.close()
+
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_a_blocking_client_that_cannot_connect_leaves_no_thread() -> None:
+    """Entering fails with what was wrong, in the calling thread."""
+    before = set(threading.enumerate())
+
+    async def open_link() -> Link:
+        raise Unavailable("no server there")
+
+    with pytest.raises(Unavailable, match="no server there"):
+        SyncCluster(Cluster(open_link, cluster="default")).__enter__()
+
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_a_blocking_client_outside_its_context_says_so() -> None:
+    """Before and after."""
+
+    async def open_link() -> Link:
+        await asyncio.sleep(0)
+        return MemoryNats().link("client")
+
+    client = SyncCluster(Cluster(open_link, cluster="default"))
+
+    with pytest.raises((Unavailable, InvalidInput)):
+        client.send_message("ledger/k", "read", timeout=1.0)
