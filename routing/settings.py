@@ -62,7 +62,7 @@ class Settings:
     snapshot_every: int = 32  # commands between two snapshots of an actor
     dedup_window: int = 128  # latest command ids remembered per actor
     passivate_after_s: float = 600.0
-    moves_at_once: int = 4  # admission window per source and per destination
+    moves_at_once: int = 2  # admission window per source and per destination: bounds what is paused at once
     records_kept: int = 100_000
 
     def __post_init__(self) -> None:

@@ -133,7 +133,7 @@ async def scene(celery_setup: CeleryTestSetup, ferry_settings: Settings) -> Asyn
     context = await until(lambda: open_context(ferry_settings, name="test"), "a node to found the cluster")
     try:
         async with Cluster.connect(ferry_settings.nats_url) as client:
-            scene = Scene(context, client)
+            scene = Scene(context, client, celery_setup.worker)
             for node in (SOURCE, DESTINATION):
                 await until(lambda node=node: scene.node(node), f"node {node}")
             await scene.take_ownership()

@@ -1,7 +1,7 @@
 """pytest-celery's broker and worker over local processes: neither a developer's machine nor CI has to have Docker.
 
-pytest-celery asks its containers for little: what docker-py calls `status`, `logs`, `kill` and so on. `ProcessContainer`
-offers that over a process of `workflows.local`, and pytest-celery's own vendor classes stay what they are on top of it.
+pytest-celery asks little of its containers: what docker-py calls `status`, `logs`, `kill` and so on.
+`ProcessContainer` offers that over a process of `workflows.local`; on top of it are pytest-celery's own classes.
 """
 
 from __future__ import annotations

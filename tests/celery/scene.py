@@ -9,8 +9,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from pytest_celery import CeleryTestWorker
+
 from routing import control, shard_map
+from routing.address import ActorId
 from routing.client import Cluster
+from routing.envelope import Answer, Command, decode_answer, encode_command
 from routing.errors import TransientError
 from routing.shard_map import LastMove, Outcome, Ownership
 from routing.subjects import shard_key
@@ -33,6 +37,7 @@ class Scene:
 
     context: StepContext
     client: Cluster
+    worker: CeleryTestWorker
 
     # -- moving ------------------------------------------------------------------------------------------------------
     async def take_ownership(self) -> None:
@@ -65,6 +70,37 @@ class Scene:
     async def launch(self, move: Move) -> None:
         """Send the chain to the workers. In a thread, because Celery's client blocks."""
         await asyncio.to_thread(migration.launch, move)
+
+    async def ask_once(self, actor: ActorId, number: int) -> Answer:
+        """Send one flight to the source as a single message, and wait for whoever answers it. No client asks again."""
+        expires_ms = int((time.time() + WAIT_S) * 1000)
+        command = Command(
+            actor=actor, name="fly", arguments={"distance": 1}, message_id=f"once-{number}", expires_ms=expires_ms
+        )
+        subject = self.context.subjects.command(SOURCE, "test")
+        return decode_answer(await self.context.link.request(subject, encode_command(command), timeout_s=WAIT_S))
+
+    async def commit_unrecorded(self, planned: Move) -> None:
+        """Take a move as far as a worker does that dies right after COMMIT: the map has it, the record does not."""
+        for step in migration.CHAIN[:-1]:
+            await migration.take(step, self.context, planned.id, 0)
+        await self.context.ask(planned.source, "commit", await self.record(planned))
+        assert (await self.owner(planned.shard)).outcome_of(planned.id) is Outcome.COMMITTED
+        assert (await self.record(planned)).status is MigrationStatus.ACKED
+
+    async def succeeded(self, task_id: str, *, times: int = 1) -> None:
+        """Wait until the worker has run a task this often without an error."""
+
+        async def enough() -> bool:
+            return bool(self.worker.logs().count(f"[{task_id}] succeeded") >= times)
+
+        await until(enough, f"task {task_id} to succeed {times} times")
+
+    async def worker_killed(self) -> None:
+        async def exited() -> bool:
+            return bool(self.worker.container.status == "exited")
+
+        await until(exited, "the worker to be killed")
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def traffic(self, shard: int = SHARD) -> Traffic:

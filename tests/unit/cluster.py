@@ -14,6 +14,7 @@ from typing import Any
 
 from routing import control
 from routing.address import ActorId
+from routing.birth import found_or_join
 from routing.control import StepRequest
 from routing.directory import Directory, MapEntry
 from routing.envelope import Answer, Command, decode_answer, encode_command
@@ -261,10 +262,6 @@ class SmallCluster:
     def kinds(self, key: str) -> list[str]:
         return [decode_record(entry.payload).kind.value for entry in self.log(key)]
 
-    async def truncate_log(self, key: str, kept: int) -> None:
-        """JetStream loses the tail of one actor's log: what a power cut does to a server that syncs lazily."""
-        raise NotImplementedError
-
     def map_subject(self, unit: str = UNIT) -> str:
         return kv_subject(self.subjects.map_bucket, unit)
 
@@ -278,9 +275,10 @@ async def cluster(*names: str, owner: str | None = None, shards: int = 1, **sett
     Ledger.open_gate, Ledger.entered = None, 0
     small = SmallCluster(shards=shards, **settings)
     try:
+        await found_or_join(small.link, small.settings)
+        await small.directory.start()
         for name in names:
             await small.add(name)
-        await small.directory.start()
         if names:
             units = [f"shard.{number}" for number in range(shards)]
             await small.assign(owner or names[0], *units)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
@@ -156,27 +156,28 @@ async def test_a_client_that_was_never_entered_says_so() -> None:
 
 
 class Background:
-    """A whole cluster on the loop of a SyncCluster's own thread, real time and all: it starts with the first link."""
+    """A whole cluster on the loop of a SyncCluster's own thread, in real time: it starts with the first link."""
 
     def __init__(self) -> None:
-        self.nats: MemoryNats | None = None
-        self.leave: list[Coroutine[Any, Any, None]] = []
+        self.client = SyncCluster(Cluster(self.open_link, cluster="default"))
 
     async def open_link(self) -> Link:
-        context = cluster("a")
-        small = await context.__aenter__()
-        self.nats = small.nats
-        self.leave.append(context.__aexit__(None, None, None))
-        return small.nats.link("client")
+        self.loop = asyncio.get_running_loop()
+        self.context = cluster("a")
+        return (await self.context.__aenter__()).nats.link("client")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[SyncCluster]:
+        with self.client as client:
+            yield client
+            leaving = self.context.__aexit__(None, None, None)
+            asyncio.run_coroutine_threadsafe(leaving, self.loop).result(timeout=20)
 
 
 @pytest.fixture
 def blocking() -> Iterator[SyncCluster]:
-    background = Background()
-    with SyncCluster(Cluster(background.open_link, cluster="default")) as client:
+    with Background().running() as client:
         yield client
-    for coroutine in background.leave:
-        coroutine.close()
 
 
 def test_blocking_code_calls_actors_as_well(blocking: SyncCluster) -> None:
@@ -212,13 +213,10 @@ def test_any_thread_may_call(blocking: SyncCluster) -> None:
 def test_leaving_ends_the_background_thread() -> None:
     """Nothing of it keeps a process alive."""
     before = set(threading.enumerate())
-    background = Background()
 
-    with SyncCluster(Cluster(background.open_link, cluster="default")) as client:
+    with Background().running() as client:
         client.actor("ledger", "k").read()
         assert set(threading.enumerate()) - before
-    for coroutine in background.leave:
-        coroutine.close()
 
     assert set(threading.enumerate()) - before == set()
 
@@ -237,13 +235,22 @@ def test_a_blocking_client_that_cannot_connect_leaves_no_thread() -> None:
 
 
 def test_a_blocking_client_outside_its_context_says_so() -> None:
-    """Before and after."""
+    """It blocks for at most `timeout` seconds, and raises: a forgotten `with` must not freeze a web worker."""
 
     async def open_link() -> Link:
-        await asyncio.sleep(0)
         return MemoryNats().link("client")
 
-    client = SyncCluster(Cluster(open_link, cluster="default"))
+    outcomes: list[BaseException] = []
 
-    with pytest.raises((Unavailable, InvalidInput)):
-        client.send_message("ledger/k", "read", timeout=1.0)
+    def call() -> None:
+        try:
+            SyncCluster(Cluster(open_link, cluster="default")).send_message("ledger/k", "read", timeout=0.2)
+        except Exception as error:
+            outcomes.append(error)
+
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(timeout=5.0)
+
+    assert not calling.is_alive(), "blocked for ever"
+    assert [isinstance(error, Unavailable | InvalidInput) for error in outcomes] == [True]

@@ -514,6 +514,22 @@ async def test_a_local_refusal_is_raised_as_what_it_is() -> None:
 
 
 @virtually
+async def test_arguments_that_no_other_node_could_receive_are_refused_locally_too() -> None:
+    """A program that works on one node must not break when the actor moves away."""
+
+    async def answer(_command: Command) -> Answer:
+        return Answer(value=None, owner="a", epoch=1)
+
+    _, here, router = await local_router(answer)
+
+    for value in (object(), {1: 2}, {1, 2}, b"bytes"):
+        with pytest.raises(InvalidInput):
+            await router.send_message(ACTOR, "add", {"x": value})
+
+    assert here.asked == []
+
+
+@virtually
 async def test_a_local_caller_cannot_reach_into_the_actor_through_its_arguments() -> None:
     """What the actor got and what the caller holds are never one object, local or remote."""
     got: list[Any] = []
