@@ -161,6 +161,9 @@ class SyncCluster:
         return node
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise Unavailable("the cluster connection is not open: use `with SyncCluster.connect(...)`")
         # Everything the client awaits has its own deadline, so this wait is bounded too.
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 

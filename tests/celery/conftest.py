@@ -8,7 +8,8 @@ This folder must stay without `__init__.py`: as a package it would shadow Celery
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,13 @@ from pytest_celery import CeleryTestSetup, CeleryTestWorker, RedisTestBroker
 
 from routing.client import Cluster
 from routing.settings import Settings
-from tests.celery.local_nodes import LocalRedis, LocalWorker
+from tests.celery.local_nodes import LocalRedis, LocalWorker, StartWorker
 from tests.celery.scene import DESTINATION, SOURCE, Scene, until
 from workflows.app import app
 from workflows.context import open_context
 from workflows.local import EmbeddedServers, LocalCluster
 
 SHARDS = 4
-
-StartWorker = Callable[..., CeleryTestWorker]
 
 
 # -- what a test may change ------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ async def scene(celery_setup: CeleryTestSetup, ferry_settings: Settings) -> Asyn
         async with Cluster.connect(ferry_settings.nats_url) as client:
             scene = Scene(context, client, celery_setup.worker)
             for node in (SOURCE, DESTINATION):
-                await until(lambda node=node: scene.node(node), f"node {node}")
+                await until(partial(scene.node, node), f"node {node}")
             await scene.take_ownership()
             yield scene
     finally:

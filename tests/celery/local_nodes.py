@@ -9,9 +9,9 @@ from __future__ import annotations
 import signal as signals
 import time
 import uuid
-from typing import Any
+from typing import Any, Protocol
 
-from pytest_celery import CeleryWorkerContainer, RedisContainer
+from pytest_celery import CeleryTestWorker, CeleryWorkerContainer, RedisContainer
 
 from workflows.local import EmbeddedServers, LocalCluster, LocalProcess
 
@@ -105,3 +105,9 @@ class LocalWorker(CeleryWorkerContainer):
 
     def teardown(self) -> None:
         self._container.process.kill9()
+
+
+class StartWorker(Protocol):
+    """Starts one more worker that arms failpoints, and returns without waiting for it."""
+
+    def __call__(self, failpoints: str = "") -> CeleryTestWorker: ...

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pytest_celery import CeleryTestWorker
@@ -46,7 +47,7 @@ class Scene:
         for shard in range(directory.shards_total):
             await directory.transition(shard_key(shard), None, shard_map.assign(SOURCE))
         for shard in range(directory.shards_total):
-            await until(lambda shard=shard: self._is_bound(shard), f"{SOURCE} to take shard {shard}")
+            await until(partial(self._is_bound, shard), f"{SOURCE} to take shard {shard}")
 
     async def _is_bound(self, shard: int) -> bool:
         return (await self.owner(shard)).incarnation is not None

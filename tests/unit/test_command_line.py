@@ -1,0 +1,398 @@
+"""`ferry` without a cluster: parsing, exit codes, one-line errors, and what status makes of what it was told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import structlog
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.directory import MapEntry
+from routing.errors import InDoubt, InvalidInput, Rejected, Timeout, Unavailable
+from routing.logs import configure_logging
+from routing.membership import Member, NodeState
+from routing.shard_map import Ownership
+from workflows import presentation
+from workflows.cli import cli
+from workflows.command_line import Failure, FerryGroup, parse_arguments
+from workflows.doctor import Finding, Verdict, _replicas
+from workflows.local.probe import free_port
+from workflows.lookup import steps
+from workflows.progress import StillRunning
+from workflows.records import STEPS, MigrationPlan, MigrationStatus, Move, advance, to_document
+from workflows.status import HeldLock, Status, problems, to_json
+
+READING = {"status", "doctor", "where", "send", "migrations", "migration", "plan", "demo"}
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment without servers, and logging left as the test run has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr("workflows.command_line.configure_logging", lambda level: None)
+    monkeypatch.setenv("FERRY_NATS_URL", f"nats://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("FERRY_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+
+
+def ferry(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="ferry")
+
+
+# -- usage and errors --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such-command"], "No such command"),
+        (["status", "--no-such-option"], "No such option"),
+        (["where"], "Missing argument"),
+        (["where", "N14228"], "write TYPE/KEY"),
+        (["send", "aircraft/N1", "fly", "distance"], "write KEY=VALUE"),
+        (["send", "aircraft/N1", "fly", "a=1", "a=2"], "given twice"),
+        (["send", "aircraft/N1", "fly", "--timeout", "0"], "--timeout"),
+        (["migrate", "shard/1"], "--to"),
+        (["migrate", "shard/one", "--to", "a"], "write shard/N"),
+        (["migrate", "shard/-1", "--to", "a"], "write shard/N"),
+        (["migrations", "--status", "lost"], "'--status'"),
+        (["migrations", "--limit", "0"], "--limit"),
+        (["node", "--actors", "examples.flights"], "--id"),
+        (["node", "--id", "a"], "--actors"),
+        (["node", "--id", "a b", "--actors", "examples.flights"], "node id 'a b'"),
+        (["node", "--id", "a", "--actors", "no.such.module"], "no.such.module"),
+        (["node", "--id", "a", "--actors", "examples.flights", "--weight", "0"], "--weight"),
+        (["up", "--nodes", "0"], "--nodes"),
+        (["demo", "--flights", "no-such-file.csv.gz"], "no-such-file"),
+    ],
+)
+@pytest.mark.usefixtures("nowhere")
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
+    """Whoever mistypes learns what is wrong in one line, before anything is connected to."""
+    result = ferry(*arguments)
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("ferry: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["where", "aircraft/N1"], ["send", "aircraft/N1", "totals"], ["plan"], ["rebalance"], ["drain", "a"],
+        ["migrate", "shard/1", "--to", "a"], ["cancel", "p1"], ["suspend"], ["resume"], ["migrations"],
+        ["migration", "m1.0"],
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("nowhere")
+def test_a_server_that_is_away_is_one_line_and_exit_code_1(arguments: list[str]) -> None:
+    """The line says which setting to look at, and stdout stays empty for whoever parses it."""
+    result = ferry(*arguments)
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "FERRY_NATS_URL" in result.stderr or "FERRY_REDIS_URL" in result.stderr
+
+
+def test_every_mistake_in_the_settings_is_named(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings are wrong usage: exit code 2."""
+    monkeypatch.setenv("FERRY_SHARDS", "0")
+    monkeypatch.setenv("FERRY_REPLICAS", "2")
+
+    result = ferry("status")
+
+    assert result.exit_code == 2
+    assert "FERRY_SHARDS=0" in result.stderr
+    assert "FERRY_REPLICAS=2" in result.stderr
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_status_is_a_document_even_when_nothing_answers() -> None:
+    """Monitoring that parses it finds every field, and the reason in words."""
+    result = ferry("status", "--json")
+
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert {"cluster", "leader", "suspended", "shards_total", "nodes", "moves_running", "plan"} <= document.keys()
+    assert document["nodes"] == []
+    assert [("NATS" in problem, "Redis" in problem) for problem in document["problems"]] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_doctor_fails_when_a_server_is_away_and_says_how_to_mend_it() -> None:
+    """Exit code 1, a verdict and a mend for each."""
+    result = ferry("doctor", "--json")
+
+    findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
+    assert result.exit_code == 1
+    assert findings["nats"]["verdict"] == findings["redis"]["verdict"] == "fail"
+    assert "FERRY_NATS_URL" in findings["nats"]["mend"]
+    assert "FERRY_REDIS_URL" in findings["redis"]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidInput("x"), 2), (Rejected("x"), 1), (Unavailable("x"), 1), (Timeout("x"), 1), (InDoubt("x"), 3),
+        (StillRunning("x"), 3), (KeyError("x"), 1),
+    ],
+)  # fmt: skip
+def test_each_kind_of_error_has_its_exit_code(error: Exception, code: int) -> None:
+    """0 done, 1 failed, 2 wrong usage, 3 timed out while waiting."""
+    assert Failure.of(error).code == code
+
+
+def test_a_traceback_is_shown_with_debug_only() -> None:
+    """A bug of ours is one line, too, and names the option that shows more."""
+
+    @click.group(cls=FerryGroup)
+    @click.option("--debug", is_flag=True)
+    def broken(debug: bool) -> None: ...
+
+    @broken.command()
+    def crash() -> None:
+        raise KeyError("spam")
+
+    quiet, loud = (CliRunner().invoke(broken, options) for options in (["crash"], ["--debug", "crash"]))
+
+    assert (quiet.exit_code, loud.exit_code) == (1, 1)
+    assert quiet.stderr == "ferry: internal error: KeyError: 'spam' (ferry --debug ... shows where)\n"
+    assert "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize("name", list(cli.commands))
+def test_every_command_explains_itself_in_one_sentence(name: str) -> None:
+    """And every reading command offers JSON."""
+    command = cli.commands[name]
+
+    assert command.help is not None
+    assert command.help.endswith(".")
+    assert "\n" not in command.help
+    assert name not in READING or any("--json" in parameter.opts for parameter in command.params)
+
+
+def test_without_arguments_it_shows_its_help() -> None:
+    """In the order of the commands' definition, processes first."""
+    result = ferry()
+
+    assert result.exit_code == 0
+    assert result.output.index("  up ") < result.output.index("  status ") < result.output.index("  drain ")
+
+
+# -- arguments of a command --------------------------------------------------------------------------------------------
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.none() | st.booleans() | st.integers(0, 2**53))
+)
+def test_values_that_are_json_arrive_as_json(arguments: dict[str, Any]) -> None:
+    """`distance=1400` is a number, `dest=null` is None."""
+    assert parse_arguments(tuple(f"{name}={json.dumps(value)}" for name, value in arguments.items())) == arguments
+
+
+def test_values_that_are_not_json_arrive_as_text() -> None:
+    """Nobody has to quote twice in a shell; what has quotes is JSON, and a value may contain =."""
+    given_ = ("dest=ORD", 'quoted="7"', "empty=", "formula=a=b")
+
+    assert parse_arguments(given_) == {"dest": "ORD", "quoted": "7", "empty": "", "formula": "a=b"}
+
+
+# -- what status says --------------------------------------------------------------------------------------------------
+def member(node: str, state: NodeState = NodeState.UP) -> Member:
+    return Member(
+        id=node, incarnation=f"{node}-1", state=state, weight=1.0, role="", types=("aircraft",), host="h", pid=1,
+        version="0.1.0",
+    )  # fmt: skip
+
+
+def owned_by(owner: str) -> MapEntry:
+    return MapEntry(Ownership(owner=owner, incarnation=f"{owner}-1", epoch=3), 7)
+
+
+HEALTHY = Status(
+    cluster="default", workers=["w@h"], leader="c1", suspended=False, shards_total=3, moves_running=0,
+    entries={"shard.0": owned_by("a"), "shard.1": owned_by("b"), "shard.2": owned_by("b")},
+    members={"a": member("a"), "b": member("b")},
+    answers={"a": {"actors": 5, "serving": True}, "b": {"actors": 7, "serving": True}},
+)  # fmt: skip
+LOCK = HeldLock(unit="shard.1", move="m1", owner="b", destination="a", idle_s=2.0)
+
+
+def test_a_healthy_cluster_has_no_problems() -> None:
+    """Neither has one in which a move runs as it should."""
+    assert problems(HEALTHY) == []
+    assert problems(replace(HEALTHY, locks=[LOCK])) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (replace(HEALTHY, leader=None), "no coordinator leads"),
+        (replace(HEALTHY, workers=[]), "no worker answers"),
+        (replace(HEALTHY, redis_error="Redis is away", workers=None), "Redis is away"),
+        (replace(HEALTHY, shards_total=5), "2 shards (shard/3, shard/4) have no owner yet"),
+        (replace(HEALTHY, members={"a": member("a")}), "node b is gone and 2 shards (shard/1, shard/2) have not"),
+        (replace(HEALTHY, answers={"a": None}), "node a holds a lease but does not answer"),
+        (replace(HEALTHY, answers={"a": {"serving": False}}), "node a could not renew its lease"),
+        (replace(HEALTHY, answers={"a": {"counters": {"quarantined": 2}}}), "quarantined"),
+        (replace(HEALTHY, answers={"a": {"paused": ["shard.0"]}}), "at node a shard/0 has been paused without a lock"),
+        (replace(HEALTHY, locks=[replace(LOCK, idle_s=None)]), "shard/1 is locked by move m1 (b to a), of which there"),
+        (replace(HEALTHY, locks=[replace(LOCK, idle_s=12.0)]), "stands still for 12 s"),
+    ],
+)
+def test_each_problem_is_said_in_one_sentence(broken: Status, said: str) -> None:
+    """One cause, one sentence."""
+    found = problems(broken)
+
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_a_cluster_in_which_every_node_drains_says_so() -> None:
+    """Nobody could take the shards of the first, nor of the last."""
+    draining = {node: member(node, NodeState.DRAINING) for node in "ab"}
+
+    assert "no node is up that takes shards" in problems(replace(HEALTHY, members=draining))[0]
+
+
+def test_a_unit_paused_at_a_node_that_has_just_given_it_away_is_no_problem() -> None:
+    """The node answered before the commit, the map was read after it."""
+    assert problems(replace(HEALTHY, answers={"a": {"paused": ["shard.1"]}})) == []
+
+
+def test_status_counts_shards_from_the_map_and_actors_from_the_nodes() -> None:
+    """A silent node still owns what the map says; nobody knows its actors."""
+    document = to_json(replace(HEALTHY, answers={"a": {"actors": 5}, "b": None}))
+
+    assert [(node["id"], node["shards"], node["actors"]) for node in document["nodes"]] == [("a", 1, 5), ("b", 2, None)]
+
+
+def test_status_has_the_fields_of_the_latest_plan() -> None:
+    """Those that the interface promises."""
+    plan = MigrationPlan(
+        id="p1", reason="node c joined", created_at=1.0, started_at=1.0, total=4, completed=3, failed=1
+    )
+
+    document = to_json(replace(HEALTHY, plan=plan))["plan"]
+
+    assert {"id", "reason", "total", "completed", "failed", "started_at", "finished_at"} <= document.keys()
+
+
+def test_one_copy_is_a_warning_and_a_lagging_copy_a_failure() -> None:
+    """Doctor reads JetStream's own account of each stream."""
+    one = {"config": {"num_replicas": 1}}
+    peers = [{"name": "n2", "current": True}, {"name": "n3", "current": True}]
+    three = {"config": {"num_replicas": 3}, "cluster": {"replicas": peers}}
+    lagging = {"config": {"num_replicas": 3}, "cluster": {"replicas": [{"name": "n2", "current": False}]}}
+
+    verdicts = [_replicas(infos).verdict for infos in ({"s": one}, {"s": three}, {"s": three, "t": lagging})]
+
+    assert verdicts == [Verdict.WARN, Verdict.OK, Verdict.FAIL]
+    assert _replicas({"s": {"error": {"err_code": 10059}}}).verdict is Verdict.FAIL
+
+
+def test_a_finding_is_plain_json() -> None:
+    finding = Finding(check="nats", verdict=Verdict.OK, found="here")
+
+    assert json.loads(json.dumps(finding.to_json())) == {"check": "nats", "verdict": "ok", "found": "here", "mend": ""}
+
+
+# -- records and values as people read them ----------------------------------------------------------------------------
+def test_a_completed_move_has_the_time_of_every_step() -> None:
+    """Milliseconds count from the step before."""
+    move = Move(
+        id="m1", plan_id="p1", unit="shard.1", shard=1, source="a", destination="b", created_at=10.0, started_at=10.5
+    )
+    for number, status in enumerate(list(MigrationStatus)[1:7]):
+        move = advance(move, status, now=11.0 + number)
+
+    found = steps(to_document(move))
+
+    assert [step["step"] for step in found] == ["plan", "launch", *STEPS]
+    assert [step["ms"] for step in found] == [None, 500.0, 500.0, 1000.0, 1000.0, 1000.0, 1000.0, 1000.0]
+
+
+def test_a_move_that_was_rolled_back_ends_with_that() -> None:
+    """The step it never reached is not listed."""
+    move = Move(id="m1", plan_id="p1", unit="shard.1", shard=1, source="a", destination="b", created_at=10.0)
+    move = advance(advance(move, MigrationStatus.PAUSED, now=11.0), MigrationStatus.ROLLED_BACK, now=12.0)
+
+    found = [(step["step"], step["status"]) for step in steps(to_document(move))]
+
+    assert found == [("plan", "planned"), ("pause", "paused"), ("end", "rolled_back")]
+
+
+def test_a_table_without_a_terminal_is_aligned_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers to the right, None as a dash, no blanks at the ends of lines."""
+    presentation.print_table(["node", "shards"], [["a", 100], ["bcdef", None]])
+
+    assert capsys.readouterr().out == "NODE   SHARDS\na         100\nbcdef       -\n"
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (300 * 2**20, "300 MiB")])
+def test_sizes_are_rounded(count: int, text: str) -> None:
+    assert presentation.size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0345, "34 ms"), (3.21, "3.2 s"), (200.0, "3 min 20 s")])
+def test_durations_are_rounded(seconds: float, text: str) -> None:
+    assert presentation.duration(seconds) == text
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Logging as it was before the test, whatever the test configures."""
+    root, kept = logging.getLogger(), structlog.get_config()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("ferry.directory", "ferry.host"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    structlog.configure(**kept)
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_logs_of_ours_and_of_libraries_look_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One JSON object per line, with logger and level; nothing below the level."""
+    monkeypatch.setenv("FERRY_LOG", "json")
+    monkeypatch.setenv("FERRY_LOG_LEVEL", "info")
+    configure_logging("error", path=str(tmp_path / "log"))
+
+    structlog.get_logger("ferry.test").info("node up", node="a")
+    structlog.get_logger("ferry.test").debug("unseen")
+    logging.getLogger("celery.test").warning("hello %s", "worker")
+    structlog.get_logger("ferry.directory").info("one of hundreds")
+
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(line["logger"], line["level"], line["event"]) for line in lines] == [
+        ("ferry.test", "info", "node up"),
+        ("celery.test", "warning", "hello worker"),
+    ]
+    assert lines[0]["node"] == "a"
+
+
+@pytest.mark.parametrize("variable", ["FERRY_LOG", "FERRY_LOG_LEVEL"])
+@pytest.mark.usefixtures("own_logging")
+def test_an_unknown_log_setting_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, with what there is."""
+    monkeypatch.setenv(variable, "loud")
+
+    with pytest.raises(InvalidInput, match=f"{variable}=loud: use "):
+        configure_logging()
