@@ -286,7 +286,9 @@ async def test_a_stop_ends_the_waiting_for_a_server() -> None:
 
 STUBBORN = """
 import asyncio
+from routing.logs import configure_logging
 from workflows.foreground import run_until_stopped
+configure_logging()  # to stderr
 async def serve(stopping):
     print("serving", flush=True)
     await stopping.wait()
