@@ -23,7 +23,10 @@ PRIORITY_PAUSE = 9
 app.conf.update(
     task_serializer="json",
     accept_content=["json"],
+    # Clusters that share a Redis keep apart: tasks, pings and events.
     task_default_queue=f"ferry-{settings.cluster}",
+    control_exchange=f"ferry-{settings.cluster}",
+    event_exchange=f"ferry-{settings.cluster}-events",
     # A step that was running when its worker died runs again; a poison step at most three times.
     task_acks_late=True,
     task_reject_on_worker_lost=True,

@@ -1,0 +1,86 @@
+"""Owners for shards that have none, and for the shards of dead nodes. Needs the map alone: no Redis, no worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import structlog
+
+from routing import shard_map
+from routing.directory import Directory, MapEntry
+from routing.errors import InDoubt, TransientError
+from routing.membership import Member
+from routing.placement import ConsistentHashPlacement, NodeWeight
+from routing.shard_map import Ownership
+from routing.subjects import shard_key, shard_of_key
+
+log = structlog.get_logger("ferry.assignment")
+
+
+class Assignment:
+    """Writes ASSIGN and FAILOVER. Every write is a compare-and-set on what was read, so several may try at once."""
+
+    def __init__(self, directory: Directory, placement: ConsistentHashPlacement) -> None:
+        self._directory, self._placement = directory, placement
+
+    def unassigned(self) -> list[int]:
+        """Shards that nobody ever owned."""
+        return [n for n in range(self._directory.shards_total) if self._directory.get(shard_key(n)) is None]
+
+    async def assign(self, alive: Mapping[str, Member]) -> None:
+        """ASSIGN what nobody ever owned, balanced over the nodes that take shards."""
+        takers, unassigned = takers_of(alive), self.unassigned()
+        if not unassigned or not takers:
+            return
+        owners = self._balanced(without=set(), takers=takers)
+        await self._write_all({shard_key(n): (None, shard_map.assign(owners[n])) for n in unassigned})
+        log.info("assigned", shards=len(unassigned), nodes=[node.id for node in takers])
+
+    async def fail_over(self, alive: Mapping[str, Member]) -> None:
+        """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them."""
+        orphans = {
+            unit: entry for unit, entry in self._directory.entries().items() if entry.ownership.owner not in alive
+        }
+        takers = takers_of(alive)
+        if not orphans or not takers:
+            return
+        dead = {entry.ownership.owner for entry in orphans.values()}
+        owners = self._balanced(without=dead, takers=takers)
+        log.warning("failing over", dead=sorted(dead), shards=len(orphans))
+        await self._write_all(
+            {
+                unit: (entry, shard_map.failover(entry.ownership, to=owners[shard_in(unit)]))
+                for unit, entry in orphans.items()
+            }
+        )
+
+    def _balanced(self, *, without: set[str], takers: list[NodeWeight]) -> Mapping[int, str]:
+        """shard -> node as placement wants it, when the shards of `without` and of nobody are free to give away."""
+        owners: dict[int, str | None] = dict.fromkeys(range(self._directory.shards_total))
+        for unit, entry in self._directory.entries().items():
+            owner = entry.ownership.owner
+            owners[shard_in(unit)] = None if owner in without else owner
+        return self._placement.rebalance_shards(owners, takers).shard_map
+
+    async def _write_all(self, changes: Mapping[str, tuple[MapEntry | None, Ownership]]) -> None:
+        """Many transitions at once. One that loses was overtaken by who knew better: the next round looks again."""
+        results = await asyncio.gather(
+            *(self._directory.transition(unit, before, after) for unit, (before, after) in changes.items()),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, (TransientError, InDoubt)):
+                raise result
+
+
+def takers_of(alive: Mapping[str, Member]) -> list[NodeWeight]:
+    return [NodeWeight(id=member.id, weight=member.weight) for member in alive.values() if member.takes_shards]
+
+
+def shard_in(unit: str) -> int:
+    """The shard a unit is. Raises ValueError for a unit that is none."""
+    shard = shard_of_key(unit)
+    if shard is None:
+        raise ValueError(f"unit {unit!r} is not a shard")
+    return shard

@@ -1,0 +1,84 @@
+"""Drives on or ends every move that does not advance, and finishes plans. Needs neither Celery nor a live chain.
+
+Celery on Redis can lose a task for good: it pops a message and notes the pop in a second round trip, and a worker
+killed between the two leaves it nowhere. The map always tells how a move stands, so nothing depends on a task.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from routing.directory import Directory
+from workflows.admission import Admission
+from workflows.context import StepContext
+from workflows.records import STEPS, Move
+from workflows.store import RecordStore
+
+log = structlog.get_logger("ferry.reconciler")
+
+EVERY_S = 1.0
+STUCK_S = 6.0  # without advance before a step is sent again: more than a step's timeout, less than the pause lease
+LAG_S = 2.0  # how long a record may lag behind the map before the reconciler writes it
+RELAUNCHES = 2  # then a move that does not advance is ended
+
+
+class Reconciler:
+    """Compares unfinished records with the map. Only the leader runs one, but two would do no harm."""
+
+    def __init__(
+        self, *, store: RecordStore, directory: Directory, context: StepContext, admission: Admission,
+        records_kept: int, wall_clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._store, self._directory, self._context, self._admission = store, directory, context, admission
+        self._records_kept, self._wall_clock = records_kept, wall_clock
+        self._relaunched: Counter[str] = Counter()
+
+    async def reconcile(self) -> list[int]:
+        """One round; returns, for every plan that has just finished, how many of its moves failed.
+
+        Raises Unavailable, Timeout while Redis or NATS is away: the next round goes on.
+        """
+        unfinished = {move.id: move for move in await self._store.unfinished_moves()}
+        for ended in self._admission.running.keys() - unfinished.keys():
+            del self._admission.running[ended]
+        self._relaunched = Counter({move_id: n for move_id, n in self._relaunched.items() if move_id in unfinished})
+        for move in unfinished.values():
+            if move.id not in self._admission.waiting:
+                await self._look_at(move)
+        return await self._finish_plans()
+
+    async def _look_at(self, move: Move) -> None:
+        if move.started_at is None:
+            await self._context.settle(move.id, error="its plan was never completed: the leader died")
+            return
+        idle_s = self._wall_clock() - (move.step_at or move.started_at)
+        entry = self._directory.get(move.unit)
+        if entry is None or entry.ownership.outcome_of(move.id) is not None:
+            if idle_s > LAG_S:
+                await self._context.settle(move.id)
+        elif idle_s > STUCK_S:
+            await self._drive_on(move, locked=entry.ownership.move == move.id)
+
+    async def _drive_on(self, move: Move, *, locked: bool) -> None:
+        self._relaunched[move.id] += 1
+        if self._relaunched[move.id] > RELAUNCHES or not (locked or move.step == STEPS[0]):
+            log.warning("move does not advance: ending it", move=move.id, unit=move.unit, step=move.step)
+            await self._context.settle(move.id, error=f"{move.step}: no worker took this step in time")
+        else:
+            log.warning("move does not advance: its step is sent again", move=move.id, unit=move.unit, step=move.step)
+            await self._admission.launch_again(move)
+
+    async def _finish_plans(self) -> list[int]:
+        failed = []
+        for plan in await self._store.running_plans():
+            if plan.completed + plan.failed >= plan.total:
+                await self._store.save_plan(replace(plan, finished_at=self._wall_clock()))
+                log.info("plan finished", plan=plan.id, completed=plan.completed, failed=plan.failed)
+                failed.append(plan.failed)
+        if failed:
+            await self._store.trim(self._records_kept)
+        return failed
