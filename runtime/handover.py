@@ -200,13 +200,21 @@ class Handover:
         _, outgoing = self._paused(request)
         if not outgoing.sent:
             raise NotApplicable(f"move {request.move} is not sent yet")
-        answer = await self._ask_destination(request, "verify", request)
         expected = len(outgoing.rows or ())
-        if answer["actors"] != expected:
-            outgoing.sent = False
-            raise Unavailable(f"destination holds {answer['actors']} of {expected} actors: send again")
+        if await self._verified(request) != expected:
+            await self.send(request)  # the destination was restarted, say: it gets what it lacks now
+            if (held := await self._verified(request)) != expected:
+                raise Unavailable(f"{request.destination} holds {held} of {expected} actors after sending twice")
         outgoing.acknowledged = True
         return {"actors": expected}
+
+    async def _verified(self, request: StepRequest) -> int:
+        """How many actors the destination holds ready; -1 when it lacks some, or knows nothing of the move."""
+        try:
+            return int((await self._ask_destination(request, "verify", request))["actors"])
+        except Unavailable as error:
+            log.info("destination lacks something", move=request.move, error=str(error))
+            return -1
 
     async def commit(self, request: StepRequest) -> dict[str, Any]:
         """COMMIT: the point of no return. Then the destination serves, and gets what waited here, in order.

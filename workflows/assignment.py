@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-import structlog
-
 from routing import shard_map
 from routing.directory import Directory, MapEntry
 from routing.errors import InDoubt, TransientError
@@ -14,8 +12,6 @@ from routing.membership import Member
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
 from routing.subjects import shard_key, shard_of_key
-
-log = structlog.get_logger("ferry.assignment")
 
 
 class Assignment:
@@ -28,32 +24,36 @@ class Assignment:
         """Shards that nobody ever owned."""
         return [n for n in range(self._directory.shards_total) if self._directory.get(shard_key(n)) is None]
 
-    async def assign(self, alive: Mapping[str, Member]) -> None:
-        """ASSIGN what nobody ever owned, balanced over the nodes that take shards."""
+    async def assign(self, alive: Mapping[str, Member]) -> str | None:
+        """ASSIGN what nobody ever owned, balanced over the nodes that take shards. Returns what it did, in words."""
         takers, unassigned = takers_of(alive), self.unassigned()
         if not unassigned or not takers:
-            return
+            return None
         owners = self._balanced(without=set(), takers=takers)
         await self._write_all({shard_key(n): (None, shard_map.assign(owners[n])) for n in unassigned})
-        log.info("assigned", shards=len(unassigned), nodes=[node.id for node in takers])
+        return f"{len(unassigned)} shards were assigned to {', '.join(sorted(node.id for node in takers))}"
 
-    async def fail_over(self, alive: Mapping[str, Member]) -> None:
-        """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them."""
+    async def fail_over(self, alive: Mapping[str, Member]) -> str | None:
+        """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them.
+
+        Returns what it did, in words.
+        """
         orphans = {
             unit: entry for unit, entry in self._directory.entries().items() if entry.ownership.owner not in alive
         }
         takers = takers_of(alive)
         if not orphans or not takers:
-            return
+            return None
         dead = {entry.ownership.owner for entry in orphans.values()}
         owners = self._balanced(without=dead, takers=takers)
-        log.warning("failing over", dead=sorted(dead), shards=len(orphans))
         await self._write_all(
             {
                 unit: (entry, shard_map.failover(entry.ownership, to=owners[shard_in(unit)]))
                 for unit, entry in orphans.items()
             }
         )
+        heirs = sorted({owners[shard_in(unit)] for unit in orphans})
+        return f"node {', '.join(sorted(dead))} is gone: {len(orphans)} shards failed over to {', '.join(heirs)}"
 
     def _balanced(self, *, without: set[str], takers: list[NodeWeight]) -> Mapping[int, str]:
         """shard -> node as placement wants it, when the shards of `without` and of nobody are free to give away."""

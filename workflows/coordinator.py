@@ -38,7 +38,7 @@ from workflows.assignment import Assignment, shard_in, takers_of
 from workflows.context import StepContext
 from workflows.desk import Desk
 from workflows.reconciler import Reconciler
-from workflows.records import ActorRow, MigrationPlan, Move, PlannedMove, RebalanceRequest
+from workflows.records import ActorRow, ClusterEvent, MigrationPlan, Move, PlannedMove, RebalanceRequest
 from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.coordinator")
@@ -69,7 +69,8 @@ class Coordinator:
         self._wake = asyncio.Event()  # a move ended: do not wait for the next tick
         self._inherited = False  # the moves an earlier leader left were read from the store
         self._asking: Subscription | None = None
-        self._asked: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()
+        self._known: dict[str, str] = {}  # node -> state, as last told
 
     # -- life ----------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -122,9 +123,9 @@ class Coordinator:
 
     async def stop(self) -> None:
         self.leading = False
-        for task in list(self._asked):
+        for task in list(self._aside):
             task.cancel()
-        await asyncio.gather(*self._asked, return_exceptions=True)
+        await asyncio.gather(*self._aside, return_exceptions=True)
         try:
             for following in filter(None, (self._asking, self._watch, self.directory, self.membership)):
                 await following.stop()
@@ -156,7 +157,7 @@ class Coordinator:
     async def _hold_lease(self) -> None:
         held = await self._lease.hold({"name": self.name})
         if held and not self.leading:
-            log.info("leading", name=self.name)
+            self._tell(f"coordinator {self.name} leads")
             control_subject = self._subjects.control(COORDINATOR, "*")
             self._asking = await self._link.subscribe(control_subject, self._on_control)
             # Nodes that start together with this leader get a moment to take their leases before they count as dead.
@@ -179,10 +180,19 @@ class Coordinator:
         if not self._may_lead:
             return
         alive = self.membership.alive()
+        self._tell_who_came_and_went(alive)
         if self._quiet():
-            await self._assignment.assign(alive)
+            self._tell(await self._assignment.assign(alive))
         if self._clock() >= self._no_failover_before_s:
-            await self._assignment.fail_over(alive)
+            self._tell(await self._assignment.fail_over(alive))
+
+    def _tell_who_came_and_went(self, alive: Mapping[str, Member]) -> None:
+        now = {member.id: member.state.value for member in alive.values()}
+        for node in now.keys() | self._known.keys():
+            state = now.get(node)
+            if state != self._known.get(node):
+                self._tell(f"node {node} {'left' if state is None else 'is ' + state}")
+        self._known = now
 
     def _on_reconnect(self) -> None:
         """While NATS was away nobody could renew: give every node its chance before calling it dead."""
@@ -200,8 +210,9 @@ class Coordinator:
             self._inherited = True
         if self._clock() - self._reconciled_at_s >= reconciler.EVERY_S:
             self._reconciled_at_s = self._clock()
-            for failed in await self._reconciler.reconcile():
-                self._after_plan(failed)
+            for plan in await self._reconciler.reconcile():
+                self._tell(f"plan {plan.id} ended: {plan.completed} of {plan.total} moves completed")
+                self._after_plan(plan.failed)
         await self._plan_when_due()
         await self.admission.admit(self.membership.alive())
 
@@ -282,8 +293,26 @@ class Coordinator:
         rows = {move.id: _rows_of(planned) for move, planned in zip(moves, request.moves, strict=True)}
         self.admission.add(await self._store.create_plan(plan, moves, rows))
         self._wake.set()
-        log.info("plan", plan=plan.id, reason=plan.reason, moves=len(moves), actors=plan.actors_total)
+        self._tell(f"plan {plan.id}, because {plan.reason}: {len(moves)} moves, {plan.actors_total} actors")
         return plan
+
+    def _tell(self, what: str | None) -> None:
+        """Log what happened to the cluster and keep it for `ferry status`; nothing waits for Redis because of it."""
+        if what is None:
+            return
+        log.info(what)
+        self._run_aside(self._keep(ClusterEvent(at=self._wall_clock(), what=what)))
+
+    async def _keep(self, event: ClusterEvent) -> None:
+        try:
+            await self._store.note(event)
+        except TransientError as error:
+            log.warning("event not kept", what=event.what, error=str(error))
+
+    def _run_aside(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     # -- what it sees and hears ----------------------------------------------------------------------------------------
     def _on_map(self, unit: str, entry: MapEntry) -> None:
@@ -294,9 +323,7 @@ class Coordinator:
         self.suspended = not entry.removed
 
     def _on_control(self, message: Message) -> None:
-        task = asyncio.get_running_loop().create_task(self._answer(message))
-        self._asked.add(task)
-        task.add_done_callback(self._asked.discard)
+        self._run_aside(self._answer(message))
 
     async def _answer(self, message: Message) -> None:
         verb = message.subject.rpartition(".")[2]

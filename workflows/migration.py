@@ -194,7 +194,7 @@ assert tuple(step.name for step in CHAIN) == STEPS
 async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
     """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
 
-    A permanent error is written into the record before it rises, because the rollback runs elsewhere.
+    An error that ends the move is written into the record before it rises, because the rollback runs elsewhere.
     """
     move = await context.store.move(move_id)
     if move is None or move.status in TERMINAL or move.step != step.name:
@@ -204,16 +204,21 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
     if plan is not None and plan.cancelled:
         await context.settle(move_id, error="its plan was cancelled")
         return
-    context.failpoints.hit(f"{step.name}.begin")
     try:
+        context.failpoints.hit(f"{step.name}.begin")
         done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt))
-    except PermanentError as error:
-        latest = await context.store.move(move_id)
-        if latest is not None and latest.status not in TERMINAL:
-            await context.store.save(replace(latest, error=f"{step.name}: {error}"))
+    except (PermanentError, TransientError, InDoubt) as error:
+        if isinstance(error, PermanentError) or attempt >= STEP_RETRIES:
+            await _write_error(context, move_id, f"{step.name}: {error}", attempt)
         raise
     context.failpoints.hit(f"{step.name}.end")
     log.info("step done", step=step.name, move=move_id, unit=move.unit, status=done.status)
+
+
+async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
+    move = await context.store.move(move_id)
+    if move is not None and move.status not in TERMINAL:
+        await context.store.save(replace(move, error=error, attempts=move.attempts + 1 + attempt))
 
 
 def _task_for(step: Step) -> Any:
@@ -226,7 +231,7 @@ def _task_for(step: Step) -> Any:
             Worker.get(settings).run(lambda context: take(step, context, move_id, retries))
         except (TransientError, InDoubt) as error:
             countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
-            log.warning("step will be tried again", step=step.name, move=move_id, retries=retries, error=str(error))
+            log.warning("step failed", step=step.name, move=move_id, retries=retries, error=str(error))
             raise self.retry(exc=error, countdown=countdown_s, priority=step.priority) from error
 
     return task

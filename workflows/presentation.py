@@ -148,6 +148,9 @@ def print_status(document: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if document["plan"] is not None:
         click.echo(f"\n{_plan_line(document['plan'])}")
+    if document["events"]:
+        click.echo()
+        print_table(["at", "latest events"], [[clock_time(e["at"]), e["what"]] for e in document["events"]])
     if document["problems"]:
         click.echo("\nproblems:")
         for problem in document["problems"]:

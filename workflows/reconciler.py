@@ -15,7 +15,7 @@ import structlog
 from routing.directory import Directory
 from workflows.admission import Admission
 from workflows.context import StepContext
-from workflows.records import STEPS, Move
+from workflows.records import STEPS, MigrationPlan, Move
 from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.reconciler")
@@ -37,8 +37,8 @@ class Reconciler:
         self._records_kept, self._wall_clock = records_kept, wall_clock
         self._relaunched: Counter[str] = Counter()
 
-    async def reconcile(self) -> list[int]:
-        """One round; returns, for every plan that has just finished, how many of its moves failed.
+    async def reconcile(self) -> list[MigrationPlan]:
+        """One round; returns the plans that have just finished.
 
         Raises Unavailable, Timeout while Redis or NATS is away: the next round goes on.
         """
@@ -72,13 +72,11 @@ class Reconciler:
             log.warning("move does not advance: its step is sent again", move=move.id, unit=move.unit, step=move.step)
             await self._admission.launch_again(move)
 
-    async def _finish_plans(self) -> list[int]:
-        failed = []
+    async def _finish_plans(self) -> list[MigrationPlan]:
+        finished = []
         for plan in await self._store.running_plans():
             if plan.completed + plan.failed >= plan.total:
-                await self._store.save_plan(replace(plan, finished_at=self._wall_clock()))
-                log.info("plan finished", plan=plan.id, completed=plan.completed, failed=plan.failed)
-                failed.append(plan.failed)
-        if failed:
+                finished.append(await self._store.save_plan(replace(plan, finished_at=self._wall_clock())))
+        if finished:
             await self._store.trim(self._records_kept)
-        return failed
+        return finished

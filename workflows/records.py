@@ -231,6 +231,14 @@ class AuditEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterEvent:
+    """Something that happened to the cluster, in words: a node came or went, a plan began or ended."""
+
+    at: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedActor:
     actor_id: str
     state_bytes: int
@@ -259,8 +267,8 @@ class RebalanceRequest:
 
 # -- documents: the JSON form of every record above, validated where it enters the process ---------------------------
 
-Record = Move | ActorRow | ActorMigration | MigrationPlan | AuditEvent | RebalanceRequest
-R = TypeVar("R", Move, ActorRow, ActorMigration, MigrationPlan, AuditEvent, RebalanceRequest)
+Record = Move | ActorRow | ActorMigration | MigrationPlan | AuditEvent | ClusterEvent | RebalanceRequest
+R = TypeVar("R", Move, ActorRow, ActorMigration, MigrationPlan, AuditEvent, ClusterEvent, RebalanceRequest)
 
 
 def to_document(record: Record) -> dict[str, Any]:
@@ -394,5 +402,6 @@ _SCHEMAS: Mapping[type, _Schema] = {
     ActorMigration: _schema_of(ActorMigration, step=_step(), actor_id=_actor_id()),
     MigrationPlan: _schema_of(MigrationPlan),
     AuditEvent: _schema_of(AuditEvent),
+    ClusterEvent: _schema_of(ClusterEvent),
     RebalanceRequest: _schema_of(RebalanceRequest, moves=_nested(_PLANNED_MOVE, validate=_check_units)),
 }

@@ -22,13 +22,14 @@ from routing.errors import FerryError
 from routing.membership import Member
 from routing.settings import Settings
 from routing.subjects import shard_key
-from workflows.records import MigrationPlan, to_document
+from workflows.records import ClusterEvent, MigrationPlan, to_document
 from workflows.session import open_session
 from workflows.store import RecordStore
 
 ASK_S = 1.0
 STORE_S = 2.0
 PING_S = 1.0
+EVENTS_SHOWN = 8
 NAMED_AT_MOST = 5  # in a sentence; the rest is counted
 
 
@@ -61,6 +62,7 @@ class Status:
     locks: Sequence[HeldLock] = ()
     stuck_after_s: float = 10.0
     plan: MigrationPlan | None = None
+    events: Sequence[ClusterEvent] = ()
 
 
 async def gather_status(settings: Settings, *, all_workers: bool = False) -> Status:
@@ -89,6 +91,7 @@ def to_json(status: Status) -> dict[str, Any]:
         "moves_running": status.moves_running,
         "plan": to_document(status.plan) if status.plan is not None else None,
         "workers": list(status.workers) if status.workers is not None else None,
+        "events": [to_document(event) for event in status.events],
         "problems": problems(status),
     }
 
@@ -143,10 +146,12 @@ async def _unless_away(asking: Any) -> dict[str, Any] | None:
 async def _of_records(store: RecordStore, *, all_workers: bool) -> dict[str, Any]:
     try:
         await store.ping()
-        plan, workers = await asyncio.gather(store.latest_plan(), answering_workers(all_of_them=all_workers))
+        plan, events, workers = await asyncio.gather(
+            store.latest_plan(), store.events(EVENTS_SHOWN), answering_workers(all_of_them=all_workers)
+        )
     except FerryError as error:
         return {"redis_error": str(error)}
-    return {"plan": plan, "workers": workers}
+    return {"plan": plan, "events": events, "workers": workers}
 
 
 async def answering_workers(*, all_of_them: bool = False) -> list[str] | None:

@@ -28,6 +28,7 @@ from workflows.records import (
     ActorMigration,
     ActorRow,
     AuditEvent,
+    ClusterEvent,
     MigrationPlan,
     MigrationStatus,
     Move,
@@ -41,6 +42,7 @@ CONNECTIONS = 16  # per process; more callers than that wait for one, at most `t
 BATCH = 200  # moves written in one round trip: with forty actors each about 2 MB, far below any limit of Redis
 RUNNING_PLANS = 1_000  # read at once; one or two run as a rule
 PAGE = 32  # moves read in one round trip while looking for those that match
+CLUSTER_EVENTS = 10_000
 AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgotten
 
 # What passes when Redis is started, failed over or given memory. Anything else it refuses is a mistake, and rises.
@@ -252,6 +254,21 @@ class RecordStore:
         """The latest changes of a move's status, newest first."""
         entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
         return [_audit_event(entry) for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
+
+    @_translated
+    async def note(self, event: ClusterEvent) -> None:
+        """Keep an event of the cluster; the oldest beyond CLUSTER_EVENTS are forgotten."""
+        entry: Any = {"event": orjson.dumps(to_document(event))}
+        await self._redis.xadd(self._keys.events, entry, maxlen=CLUSTER_EVENTS, approximate=True)
+
+    @_translated
+    async def events(self, limit: int = 20) -> list[ClusterEvent]:
+        """The latest events of the cluster, newest first."""
+        entries = await self._redis.xrevrange(self._keys.events, count=limit) if limit > 0 else []
+        return [
+            from_document(ClusterEvent, entry[b"event"])
+            for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)
+        ]
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
     @_translated

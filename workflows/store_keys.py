@@ -13,6 +13,7 @@
     ferry:<cluster>:plans:running        zset    those without `finished_at`
     ferry:<cluster>:records              int     rows stored; a move without rows counts as one
     ferry:<cluster>:audit                stream  one event per change of a move's status
+    ferry:<cluster>:events               stream  what happened to the cluster, in words
 
 Scripts build the key of a status index from its prefix, so Redis must not be a sharded Redis Cluster, which Celery's
 broker rules out as well.
@@ -34,6 +35,7 @@ class Keys:
         self.running = f"{self.plans}:running"
         self.records = f"{self._prefix}:records"
         self.audit = f"{self._prefix}:audit"
+        self.events = f"{self._prefix}:events"
 
     def move(self, move_id: str) -> str:
         return f"{self._prefix}:move:{move_id}"

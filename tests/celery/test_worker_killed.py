@@ -18,7 +18,8 @@ from routing.shard_map import Outcome
 from routing.subjects import SUSPENDED_KEY, kv_subject
 from tests.celery.local_nodes import StartWorker
 from tests.celery.scene import SHARD, Scene, until
-from workflows import coordinator
+from workflows import reconciler
+from workflows.coordinator import Coordinator
 from workflows.records import TERMINAL, MigrationStatus
 from workflows.store import RecordStore
 
@@ -33,8 +34,8 @@ PATIENT = {"pause_lease_s": 50.0, "lock_lease_s": 55.0, "visibility_timeout_s": 
 @pytest.fixture(autouse=True)
 def reconciling_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator that takes a move for stuck after a second, not six."""
-    for name, seconds in {"STUCK_S": 1.0, "LAG_S": 0.5, "RECONCILE_EVERY_S": 0.2}.items():
-        monkeypatch.setattr(coordinator, name, seconds)
+    for name, seconds in {"STUCK_S": 1.0, "LAG_S": 0.5, "EVERY_S": 0.2}.items():
+        monkeypatch.setattr(reconciler, name, seconds)
 
 
 @asynccontextmanager
@@ -42,7 +43,7 @@ async def leading(scene: Scene, settings: Settings) -> AsyncIterator[None]:
     """A coordinator leads. Automatic rebalancing is off, so that it only looks after the moves there are."""
     bucket = scene.context.subjects.map_bucket
     await scene.context.link.append(kv_subject(bucket, SUSPENDED_KEY), b"true", expected=None, timeout_s=5.0)
-    leader = coordinator.Coordinator(
+    leader = Coordinator(
         settings, name="test", link=await NatsLink.connect(settings.nats_url, name="coordinator"),
         store=RecordStore.connect(settings.redis_url, settings.cluster), launch=scene.launch,
     )  # fmt: skip

@@ -79,7 +79,7 @@ class Traffic:
                 try:
                     return await self._client.send_message(actor, command, arguments, message_id=message_id)
                 except (TransientError, InDoubt):
-                    continue  # the client has waited for seconds before it said so
+                    await asyncio.sleep(PACE_S)  # a closed client refuses at once; never spin on it
 
 
 def _aircraft_of(shard: int, shards_total: int, count: int) -> list[ActorId]:

@@ -18,8 +18,8 @@ from routing.birth import found_or_join
 from routing.control import StepRequest
 from routing.directory import Directory, MapEntry
 from routing.envelope import Answer, Command, decode_answer, encode_command
-from routing.errors import FerryError
-from routing.link import Entry, Message
+from routing.errors import FerryError, WrongSequence
+from routing.link import Entry, Link, Message
 from routing.router import Router
 from routing.settings import Settings
 from routing.shard_map import abort, assign, failover, lock
@@ -56,8 +56,9 @@ class Ledger(Actor):
     @command
     async def write_slowly(self, *, entry: Any) -> int:
         type(self).entered += 1
-        if type(self).open_gate is not None:
-            await type(self).open_gate.wait()
+        gate = type(self).open_gate
+        if gate is not None:
+            await gate.wait()
         self.emit("written", entry=entry)
         return len(self.entries)
 
@@ -144,13 +145,19 @@ class SmallCluster:
     # ------------------------------------------------------------------------------------------------- nodes
 
     async def add(
-        self, name: str, *, classes: Iterable[type[Actor]] = (Ledger,), incarnation: str | None = None, **settings: Any
+        self,
+        name: str,
+        *,
+        classes: Iterable[type[Actor]] = (Ledger,),
+        incarnation: str | None = None,
+        wrap: Callable[[MemoryLink], Link] = lambda link: link,
+        **settings: Any,
     ) -> Running:
         link, transfer_link = self.nats.link(name), self.nats.link(f"{name}-transfer")
         fields = {name: getattr(self.settings, name) for name in self.settings.__dataclass_fields__}
         node = Node(
             Settings(**{**fields, "node_id": name, **settings}),
-            link=link,
+            link=wrap(link),
             transfer_link=transfer_link,
             classes=ActorClasses(classes),
             incarnation=incarnation,
@@ -206,9 +213,7 @@ class SmallCluster:
     # ----------------------------------------------------------------------------------------------- moving
 
     async def step(self, verb: str, request: StepRequest, node: str | None = None) -> dict[str, Any]:
-        return await control.ask(
-            self.link, self.subjects, node or request.source, verb, request, timeout_s=VERB_S
-        )
+        return await control.ask(self.link, self.subjects, node or request.source, verb, request, timeout_s=VERB_S)
 
     async def steps(self, request: StepRequest, *, until_verb: str = "commit") -> dict[str, Any]:
         answer: dict[str, Any] = {}
@@ -221,7 +226,9 @@ class SmallCluster:
 
     # ---------------------------------------------------------------------------------------------- sending
 
-    async def send(self, key: str, name: str, message_id: str | None = None, *, timeout_s: float = 20.0, **arguments: Any) -> Any:
+    async def send(
+        self, key: str, name: str, message_id: str | None = None, *, timeout_s: float = 20.0, **arguments: Any
+    ) -> Any:
         return await self.router.send_message(
             ActorId("ledger", key), name, arguments, message_id=message_id, timeout_s=timeout_s
         )
@@ -239,7 +246,17 @@ class SmallCluster:
         await self.link.publish(self.subjects.command(node, "test"), encode_command(sent), reply=inbox)
         return future
 
-    def command(self, key: str, name: str, message_id: str, *, epoch: int = 0, hops: int = 0, lives_s: float = 30.0, **arguments: Any) -> Command:
+    def command(
+        self,
+        key: str,
+        name: str,
+        message_id: str,
+        *,
+        epoch: int = 0,
+        hops: int = 0,
+        lives_s: float = 30.0,
+        **arguments: Any,
+    ) -> Command:
         return Command(
             actor=ActorId("ledger", key),
             name=name,
@@ -269,8 +286,41 @@ class SmallCluster:
         return self.nats.entries(kv_stream(self.subjects.lease_bucket))
 
 
+class ForgetfulLink:
+    """A link to a JetStream that lost the tail of a log: what comes after `kept` is not there any more."""
+
+    def __init__(self, link: MemoryLink, forgotten: dict[str, int]) -> None:
+        self._link = link
+        self._forgotten = forgotten
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    def _kept(self, subject: str) -> int | None:
+        return next((kept for key, kept in self._forgotten.items() if subject.endswith(f"={key}")), None)
+
+    async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
+        entry, kept = await self._link.last(stream, subject, timeout_s=timeout_s), self._kept(subject)
+        if entry is None or kept is None or entry.sequence <= kept:
+            return entry
+        return await self._link.read(stream, kept, timeout_s=timeout_s) if kept else None
+
+    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
+        entry = await self._link.read(stream, sequence, timeout_s=timeout_s)
+        kept = self._kept(entry.subject) if entry else None
+        return None if kept is not None and sequence > kept else entry
+
+    async def append(self, subject: str, payload: bytes, *, expected: int | None, timeout_s: float, **more: Any) -> int:
+        kept = self._kept(subject)
+        if kept is not None and expected is not None and expected != kept:
+            raise WrongSequence(f"{subject} ends at {kept}")
+        return await self._link.append(subject, payload, expected=expected, timeout_s=timeout_s, **more)
+
+
 @contextlib.asynccontextmanager
-async def cluster(*names: str, owner: str | None = None, shards: int = 1, **settings: Any) -> AsyncIterator[SmallCluster]:
+async def cluster(
+    *names: str, owner: str | None = None, shards: int = 1, **settings: Any
+) -> AsyncIterator[SmallCluster]:
     """Nodes `names`, every shard assigned to `owner` (the first), bound and open. All of it ends with the block."""
     Ledger.open_gate, Ledger.entered = None, 0
     small = SmallCluster(shards=shards, **settings)

@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-
-from routing.errors import FerryError, InvalidInput, InvariantViolated, Rejected, StateNotPortable, UnknownActorType, UnknownCommand
+from routing.errors import (
+    FerryError,
+    InvalidInput,
+    InvariantViolated,
+    Rejected,
+    StateNotPortable,
+    UnknownActorType,
+    UnknownCommand,
+)
 from runtime.actor import Actor, ActorClasses, command, event, query, run
 from runtime.codec import capture_state
 from runtime.journal import Kind, Record
@@ -297,7 +304,9 @@ def test_a_reply_that_is_not_json_like_is_a_type_error() -> None:
         call(Notebook(), "reply_strangely")
 
 
-@pytest.mark.parametrize("arguments", [{}, {"page": "p"}, {"page": "p", "value": 1, "more": 2}, {"self": 1, "page": "p", "value": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"page": "p"}, {"page": "p", "value": 1, "more": 2}, {"self": 1, "page": "p", "value": 1}]
+)
 def test_arguments_that_do_not_fit_are_invalid_input(arguments: dict[str, Any]) -> None:
     """Found before the handler runs, so it is the caller's mistake and not the actor's."""
     with pytest.raises(InvalidInput):
@@ -312,7 +321,10 @@ def test_arguments_that_fit_are_taken() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.just("put"), st.fixed_dictionaries({"page": st.sampled_from("ab"), "value": JSON, "times": st.integers(1, 3)}))
+        st.tuples(
+            st.just("put"),
+            st.fixed_dictionaries({"page": st.sampled_from("ab"), "value": JSON, "times": st.integers(1, 3)}),
+        )
         | st.tuples(st.just("grow"), st.fixed_dictionaries({"page": st.sampled_from("ab")}))
         | st.tuples(st.just("put_shared"), st.fixed_dictionaries({"value": JSON})),
         max_size=6,
@@ -439,5 +451,3 @@ def test_the_flights_example_counts() -> None:
         call(plane, "fly", distance=0)
 
     assert call(plane, "totals")[0] == {"flights": 2, "miles": 1600, "delay_minutes": 11, "last_airport": "BOS"}
-
-

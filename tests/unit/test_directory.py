@@ -203,7 +203,7 @@ async def test_of_two_locks_exactly_one_is_taken() -> None:
 
 @pytest.mark.parametrize("fault", ["drop_request", "drop_reply", "late"])
 def test_a_decision_of_unknown_fate_is_settled_by_reading(fault: Fault) -> None:
-    """Lost, landed unnoticed, or landing after its sender gave up: the change is in the map once, and `change` sees it there."""
+    """Lost, landed unnoticed, or late: the change is in the map once, and `change` sees it there."""
 
     @virtually
     async def check() -> None:
@@ -362,9 +362,7 @@ async def test_a_removed_key_leaves_the_last_owner_in_place() -> None:
     good = await bound(one)
     await until(lambda: other.get(UNIT) == good)
 
-    await the_map.links[0].append(
-        kv_subject(SUBJECTS.map_bucket, UNIT), b"", expected=None, timeout_s=1, discard=True
-    )
+    await the_map.links[0].append(kv_subject(SUBJECTS.map_bucket, UNIT), b"", expected=None, timeout_s=1, discard=True)
     await asyncio.sleep(0.5)
 
     assert other.get(UNIT) == good

@@ -48,7 +48,7 @@ async def test_of_two_contenders_exactly_one_holds() -> None:
     held = await asyncio.gather(one.hold({"name": "one"}), other.hold({"name": "other"}))
 
     assert sorted(held) == [False, True]
-    assert [one.trusted, other.trusted] == held
+    assert [one.trusted, other.trusted] == list(held)
 
 
 @virtually
@@ -239,6 +239,20 @@ async def test_a_released_lease_can_be_taken_again_by_the_same_holder() -> None:
 
     assert await lease.hold({})
     assert lease.trusted
+
+
+@virtually
+async def test_an_expired_lease_that_nobody_took_is_acquired_again_at_the_first_asking() -> None:
+    """After an outage: False would mean that another holds it, and its holder would give up for good."""
+    (lease, _) = await Server().contender("one")
+
+    for away_s in (TTL_S, TTL_S + MARKER_DELAY_S, TTL_S * 20):
+        assert await lease.hold({})
+        await asyncio.sleep(away_s)
+        assert not lease.trusted
+
+        assert await lease.hold({}), away_s
+        assert lease.trusted
 
 
 @virtually

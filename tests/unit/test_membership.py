@@ -29,14 +29,14 @@ class Leases:
 
     async def observer(self, link: MemoryLink | None = None) -> Membership:
         await found_or_join(self.link, SETTINGS)
-        membership = Membership(
-            link or self.observer_link, SETTINGS.subjects, node_lease_s=LEASE_S, clock=clock
-        )
+        membership = Membership(link or self.observer_link, SETTINGS.subjects, node_lease_s=LEASE_S, clock=clock)
         await membership.start()
         return membership
 
     async def node(self, name: str, incarnation: str = "", **changes: Any) -> Lease:
-        lease = Lease(self.link, BUCKET, node_key(name), incarnation=incarnation or f"{name}-1", ttl_s=LEASE_S, clock=clock)
+        lease = Lease(
+            self.link, BUCKET, node_key(name), incarnation=incarnation or f"{name}-1", ttl_s=LEASE_S, clock=clock
+        )
         assert await lease.hold({**DOCUMENT, **changes})
         return lease
 

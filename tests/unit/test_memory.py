@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from routing.errors import Rejected, to_wire
 from runtime.memory import AnsweredCommands
 
-ENTRIES = st.lists(st.tuples(st.integers(0, 12).map(lambda n: f"m-{n}"), st.integers() | st.text(), st.booleans()), max_size=30)
+ENTRIES = st.lists(
+    st.tuples(st.integers(0, 12).map(lambda n: f"m-{n}"), st.integers() | st.text(), st.booleans()), max_size=30
+)
 NO = to_wire(Rejected("no"))
 
 

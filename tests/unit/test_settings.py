@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,13 +45,13 @@ def test_settings_do_not_change_once_made() -> None:
         Settings().shards = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("lower", "upper"), list(zip(LADDER, LADDER[1:], strict=False)))
+@pytest.mark.parametrize(("lower", "upper"), list(itertools.pairwise(LADDER)))
 def test_the_times_keep_the_order_the_protocol_needs(lower: str, upper: str) -> None:
     """append < drain < step < pause lease < lock lease < hard limit < visibility timeout; equal is not less."""
     limit_s = getattr(Settings(), upper)
 
     with pytest.raises(InvalidInput) as refusal:
-        Settings(**{lower: limit_s})
+        Settings(**dict[str, Any]({lower: limit_s}))
 
     assert f"FERRY_{lower.upper()}" in str(refusal.value)
     assert f"FERRY_{upper.upper()}" in str(refusal.value)
@@ -59,14 +61,16 @@ def test_the_times_keep_the_order_the_protocol_needs(lower: str, upper: str) -> 
 def test_no_number_may_be_negative(name: str) -> None:
     """The message names the variable to correct."""
     with pytest.raises(InvalidInput, match=f"FERRY_{name.upper()}"):
-        Settings(**{name: -1})
+        Settings(**dict[str, Any]({name: -1}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_every_time_is_a_finite_number(value: float) -> None:
     """nan compares false with everything and slips through a check; inf is a wait without a deadline."""
+    times: dict[str, Any] = dict.fromkeys(TIMES, value)
+
     with pytest.raises(InvalidInput) as refusal:
-        Settings(**{name: value for name in TIMES})
+        Settings(**times)
 
     assert [name for name in TIMES if f"FERRY_{name.upper()}=" not in str(refusal.value)] == []
 
