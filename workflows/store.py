@@ -69,6 +69,12 @@ def _translated(
             raise Unavailable(
                 f"Redis at {self.address} does not serve ({reason}): start it, or correct FERRY_REDIS_URL"
             ) from error
+        except exceptions.ResponseError as error:
+            if not isinstance(error, exceptions.NoPermissionError) and not str(error).startswith("DENIED"):
+                raise  # a mistake of ours
+            raise Unavailable(
+                f"Redis at {self.address} refuses us ({error}): correct its ACL or protected mode"
+            ) from error
 
     return call
 
