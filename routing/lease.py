@@ -12,12 +12,14 @@ from typing import Any
 
 import orjson
 
-from routing.errors import InDoubt, InvalidInput, Unavailable, WrongSequence
+from routing.errors import InDoubt, InvalidInput, Timeout, Unavailable, WrongSequence
 from routing.link import Link
 from routing.subjects import kv_stream, kv_subject
 
 TRUSTED_SHARE = 0.6  # of the time to live; the rest covers clock rate differences and a stopped process waking up
 RENEWALS_PER_LEASE = 5
+ANSWER_SHARE = 0.17  # of the time to live: a lost renewal leaves time for another before the trust runs out
+ATTEMPTS = 3  # the key changes under us only when it expires or another takes it
 
 
 def boottime_s() -> float:
@@ -44,6 +46,7 @@ class Lease:
         clock: Callable[[], float] = boottime_s,
     ) -> None:  # fmt: skip
         self._link, self._clock, self._ttl_s = link, clock, ttl_s
+        self._timeout_s = ttl_s * ANSWER_SHARE
         self._stream, self._subject = kv_stream(bucket), kv_subject(bucket, key)
         self._incarnation = incarnation
         self._sequence: int | None = None
@@ -60,7 +63,7 @@ class Lease:
 
     async def holder(self) -> tuple[dict[str, Any] | None, int]:
         """(the document of whoever holds the key, or None; the key's last sequence, 0 for none)."""
-        stored = await self._link.last(self._stream, self._subject, timeout_s=self._ttl_s / 2)
+        stored = await self._link.last(self._stream, self._subject, timeout_s=self._timeout_s)
         if stored is None:
             return None, 0
         return (None if stored.removed else decode_lease(stored.payload)), stored.sequence
@@ -68,21 +71,28 @@ class Lease:
     async def hold(self, document: dict[str, Any]) -> bool:
         """Acquire or renew; True while held. `document` is what others read; the incarnation is added.
 
-        Returns False when another incarnation holds it. Raises Timeout, Unavailable when NATS does not answer.
+        Returns False when another incarnation holds it. Raises Timeout or Unavailable when that cannot be told now:
+        the trust that is left goes on, and the next call finds out.
         """
-        if self._sequence is None and not await self._find_place():
-            return False
         payload = orjson.dumps({**document, "incarnation": self._incarnation})
-        began = self._clock()
-        try:
-            self._sequence = await self._link.append(
-                self._subject, payload, expected=self._sequence, ttl_s=self._ttl_s, timeout_s=self._ttl_s / 2
-            )
-        except (WrongSequence, InDoubt):
-            self._sequence = None  # somebody wrote, perhaps we ourselves: the next call reads who
-            return self.trusted
-        self._trusted_until = began + self._ttl_s * TRUSTED_SHARE
-        return True
+        for _ in range(ATTEMPTS):
+            if self._sequence is None and not await self._find_place():
+                self._trusted_until = float("-inf")
+                return False
+            began = self._clock()
+            try:
+                self._sequence = await self._link.append(
+                    self._subject, payload, expected=self._sequence, ttl_s=self._ttl_s, timeout_s=self._timeout_s
+                )
+            except WrongSequence:
+                self._sequence = None  # it expired, a late write of ours landed, or somebody took it: read which
+                continue
+            except InDoubt as error:
+                self._sequence = None
+                raise Timeout(f"no answer to the renewal of {self._subject}: {error}") from error
+            self._trusted_until = began + self._ttl_s * TRUSTED_SHARE
+            return True
+        raise Unavailable(f"{self._subject} changed {ATTEMPTS} times while being taken: try again")
 
     async def release(self) -> None:
         """Give it up at once, if it is still ours. Others may take it when this returns."""
@@ -91,7 +101,7 @@ class Lease:
             return
         try:
             await self._link.append(
-                self._subject, b"", expected=self._sequence, discard=True, timeout_s=self._ttl_s / 2
+                self._subject, b"", expected=self._sequence, discard=True, timeout_s=self._timeout_s
             )
         except (WrongSequence, InDoubt, Unavailable):
             return  # it expires by itself, or is no longer ours

@@ -123,6 +123,8 @@ class Host:
                 if unit is not None:
                     self._drop(unit)
             case Verdict.BIND | Verdict.BOOT:
+                if unit is not None and unit.state is not UnitState.OPENING:
+                    self._begin_anew(unit, view)
                 self._start_opening(name)
             case Verdict.OPEN:
                 self._open(unit or self._start_opening(name), view)
@@ -141,10 +143,12 @@ class Host:
     def _start_opening(self, name: str) -> Unit:
         unit = self.units.get(name)
         if unit is None:
-            buffer = Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
-            unit = self.units[name] = Unit(name, buffer)
+            unit = self.units[name] = Unit(name, self._buffer())
             self._spawn(self._opening(unit))
         return unit
+
+    def _buffer(self) -> Buffer:
+        return Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
 
     async def _opening(self, unit: Unit) -> None:
         """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
@@ -196,12 +200,22 @@ class Host:
         self._release(unit)
 
     def _reload(self, unit: Unit, view: Ownership) -> None:
-        log.warning("unit reloads: it may have had another owner in between", unit=unit.name, epoch=view.epoch)
-        waiting = unit.take_queued()
-        unit.actors.clear()
-        unit.buffer.put_first(waiting)
-        unit.pause, unit.fence = None, view.epoch
-        self._open(unit, view)
+        self._open(self._begin_anew(unit, view), view)
+
+    def _begin_anew(self, held: Unit, view: Ownership) -> Unit:
+        """Forget what is held of a unit that is ours, but may have had another owner in between; keep what waits.
+
+        Its actors are claimed at their next use. Handlers that still run see the old unit dropped, and hand their
+        command to the new one.
+        """
+        log.warning("unit may have had another owner in between: begun anew", unit=held.name, epoch=view.epoch)
+        unit = Unit(held.name, self._buffer())
+        unit.fence = view.epoch
+        unit.buffer.put_first([*held.take_queued(), *held.buffer.take_all()])
+        held.drop()
+        self.units[held.name] = unit
+        self._spawn(self._opening(unit))
+        return unit
 
     def _release(self, unit: Unit) -> None:
         """Hand what waited to the mailboxes, oldest first."""
@@ -212,9 +226,7 @@ class Host:
     def _drop(self, unit: Unit) -> None:
         """Forget the unit and send everything that waits in it to its owner, in order."""
         waiting = [*unit.take_queued(), *unit.buffer.take_all()]
-        unit.state, unit.pause = UnitState.DROPPED, None
-        unit.settled.set()
-        unit.actors.clear()
+        unit.drop()
         del self.units[unit.name]
         log.info("unit dropped", unit=unit.name, epoch=unit.epoch, forwarded=len(waiting))
         for delivery in waiting:

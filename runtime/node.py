@@ -25,7 +25,7 @@ from routing.birth import found_or_join
 from routing.control import MIGRATION_REQUEST, STEP_REQUEST
 from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
-from routing.errors import FerryError, Incompatible, InDoubt, InvalidInput, TransientError
+from routing.errors import FerryError, Incompatible, InvalidInput, TransientError
 from routing.failpoints import Failpoints
 from routing.lease import Lease, boottime_s
 from routing.link import Link, Message, Subscription
@@ -203,12 +203,15 @@ class Node:
             self._failed.set_exception(task.exception() or FerryError("unknown"))
 
     async def _keep_lease(self) -> None:
+        pause_s = self._lease.renew_every_s
         while True:
-            await asyncio.sleep(self._lease.renew_every_s)
+            await asyncio.sleep(pause_s)
             try:
                 if not await self._lease.hold(self._lease_document()):
                     raise Incompatible(f"node id {self.id!r} was taken by another process: stop one of the two")
-            except (TransientError, InDoubt) as error:
+                pause_s = self._lease.renew_every_s
+            except TransientError as error:
+                pause_s = TICK_S
                 log.warning("lease not renewed", node=self.id, trusted=self._lease.trusted, error=str(error))
 
     async def _keep_ticking(self) -> None:

@@ -118,6 +118,12 @@ class Unit:
         except TimeoutError as error:
             raise Busy(f"{self.running} handlers of {self.name} still run after {timeout_s:g} s") from error
 
+    def drop(self) -> None:
+        """No longer held. What waited has been taken before; handlers that still run see it when they end."""
+        self.state, self.pause = UnitState.DROPPED, None
+        self.actors.clear()
+        self.settled.set()
+
     def take_queued(self) -> list[Delivery]:
         """Empty every actor's inbox: what was accepted but not begun, per actor in order."""
         queued: list[Delivery] = []

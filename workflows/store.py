@@ -4,12 +4,13 @@ Every change of a move is one script (workflows/store_keys.py), so a crash leave
 rows, indexes, counters and audit event never disagree. Nothing here decides who owns a shard: losing all of Redis loses
 reports, not actors.
 
-Every method raises Unavailable when Redis cannot serve it within `timeout_s` a round trip. A write may then have landed
-all the same: repeat it, and read the record again when that raises WrongSequence.
+Every method raises Unavailable when Redis cannot serve it within `timeout_s`, or twelve times that for many records. A
+write may then have landed all the same: repeat it, and read the record again when that raises WrongSequence.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
@@ -55,35 +56,48 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _translated(
-    method: Callable[Concatenate[RecordStore, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[RecordStore, P], Coroutine[Any, Any, T]]:
-    """Raise Unavailable for an outage of Redis."""
+Method = Callable[Concatenate["RecordStore", P], Coroutine[Any, Any, T]]
 
-    @wraps(method)
-    async def call(self: RecordStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await method(self, *args, **kwargs)
-        except _OUTAGES as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise Unavailable(
-                f"Redis at {self.address} does not serve ({reason}): start it, or correct FERRY_REDIS_URL"
-            ) from error
-        except exceptions.ResponseError as error:
-            if not isinstance(error, exceptions.NoPermissionError) and not str(error).startswith("DENIED"):
-                raise  # a mistake of ours
-            raise Unavailable(
-                f"Redis at {self.address} refuses us ({error}): correct its ACL or protected mode"
-            ) from error
 
-    return call
+def _within(timeouts: int) -> Callable[[Method[P, T]], Method[P, T]]:
+    """Give a method so many times the store's timeout in all, and raise Unavailable for an outage of Redis.
+
+    The deadline is ours, not redis-py's `socket_timeout`: with that it sends through `asyncio.wait_for`, which on
+    Python 3.11 loses a cancellation that comes in the same moment, and a cancelled task would go on for ever.
+    """
+
+    def translated(method: Method[P, T]) -> Method[P, T]:
+        @wraps(method)
+        async def call(self: RecordStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                async with asyncio.timeout(timeouts * self._timeout_s):
+                    return await method(self, *args, **kwargs)
+            except (*_OUTAGES, TimeoutError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise Unavailable(
+                    f"Redis at {self.address} does not serve ({reason}): start it, or correct FERRY_REDIS_URL"
+                ) from error
+            except exceptions.ResponseError as error:
+                if not isinstance(error, exceptions.NoPermissionError) and not str(error).startswith("DENIED"):
+                    raise  # a mistake of ours
+                raise Unavailable(
+                    f"Redis at {self.address} refuses us ({error}): correct its ACL or protected mode"
+                ) from error
+
+        return call
+
+    return translated
+
+
+_one_trip = _within(1)
+_many_trips = _within(12)
 
 
 class RecordStore:
     """The records of one cluster. Safe to share between tasks of one event loop, not between loops."""
 
-    def __init__(self, redis: Redis, cluster: str) -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, cluster: str, *, timeout_s: float = 5.0) -> None:
+        self._redis, self._timeout_s = redis, timeout_s
         self._keys = Keys(cluster)
         self._save_move = redis.register_script(SAVE_MOVE)
         self._save_plan = redis.register_script(SAVE_PLAN)
@@ -101,13 +115,13 @@ class RecordStore:
                 url,
                 max_connections=CONNECTIONS,
                 timeout=timeout_s,
-                socket_timeout=timeout_s,
+                socket_timeout=None,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
             )
         except ValueError as error:
             raise InvalidInput(f"FERRY_REDIS_URL is malformed: {error}") from error
-        return cls(Redis.from_pool(pool), cluster)
+        return cls(Redis.from_pool(pool), cluster, timeout_s=timeout_s)
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -118,12 +132,12 @@ class RecordStore:
         known = self._redis.connection_pool.connection_kwargs
         return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
 
-    @_translated
+    @_one_trip
     async def ping(self) -> None:
         await self._redis.ping()
 
     # -- plans -----------------------------------------------------------------------------------------------------
-    @_translated
+    @_many_trips
     async def create_plan(
         self, plan: MigrationPlan, moves: Sequence[Move], actors: Mapping[str, Sequence[ActorRow]]
     ) -> list[Move]:
@@ -148,7 +162,7 @@ class RecordStore:
             await pipe.execute()
         return stored
 
-    @_translated
+    @_one_trip
     async def save_plan(self, plan: MigrationPlan) -> MigrationPlan:
         """Write down that a plan was started, finished or cancelled; return the plan as stored.
 
@@ -163,26 +177,26 @@ class RecordStore:
             raise NotApplicable(f"plan {plan.id} is not stored (any more): list the plans again")
         return stored
 
-    @_translated
+    @_one_trip
     async def plan(self, plan_id: str) -> MigrationPlan | None:
         return await self._plan(plan_id)
 
-    @_translated
+    @_many_trips
     async def latest_plan(self) -> MigrationPlan | None:
         return next(iter(await self._plans(await self._ids(self._keys.plans, 0, 1))), None)
 
-    @_translated
+    @_many_trips
     async def plans(self, limit: int = 100) -> list[MigrationPlan]:
         """Newest first."""
         return await self._plans(await self._ids(self._keys.plans, 0, limit))
 
-    @_translated
+    @_many_trips
     async def running_plans(self) -> list[MigrationPlan]:
         """Those without `finished_at`, oldest first."""
         return await self._plans(await self._ids(self._keys.running, 0, RUNNING_PLANS, oldest_first=True))
 
     # -- moves -----------------------------------------------------------------------------------------------------
-    @_translated
+    @_one_trip
     async def save(self, move: Move, *, actors: Sequence[ActorRow] = ()) -> Move:
         """Write a move and these of its rows in one round trip; return the move with its new revision.
 
@@ -190,16 +204,16 @@ class RecordStore:
         """
         return _accepted(move, await self._save_move(**self._saving(move, actors)))
 
-    @_translated
+    @_many_trips
     async def save_many(self, moves: Sequence[Move]) -> list[Move]:
         """Write moves, each as `save` does. Raises WrongSequence when some were refused; the others are written."""
         return await self._save_all([(move, ()) for move in moves])
 
-    @_translated
+    @_one_trip
     async def move(self, move_id: str) -> Move | None:
         return next(iter(await self._moves([move_id])), None)
 
-    @_translated
+    @_many_trips
     async def moves(
         self, plan_id: str | None = None, limit: int = 100, status: MigrationStatus | None = None
     ) -> list[Move]:
@@ -212,7 +226,7 @@ class RecordStore:
                     break
         return found[: max(limit, 0)]
 
-    @_translated
+    @_many_trips
     async def unfinished_moves(self) -> list[Move]:
         """Every move that is not terminal, oldest first: what a new leader has to drive on."""
         members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
@@ -220,12 +234,12 @@ class RecordStore:
         found = [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
         return sorted(found, key=lambda move: (move.created_at, move.id))
 
-    @_translated
+    @_one_trip
     async def actors(self, move_id: str) -> list[ActorRow]:
         return (await self._rows([move_id]))[0]
 
     # -- what users see --------------------------------------------------------------------------------------------
-    @_translated
+    @_many_trips
     async def migrations(
         self, *, status: MigrationStatus | None = None, plan: str | None = None, actor: str | None = None,
         shard: int | None = None, limit: int = 100,
@@ -243,7 +257,7 @@ class RecordStore:
                     break
         return found[: max(limit, 0)]
 
-    @_translated
+    @_one_trip
     async def migration(self, migration_id: str) -> ActorMigration | None:
         """Raises InvalidInput when the id is malformed."""
         move_id, index = parse_migration_id(migration_id)
@@ -255,19 +269,19 @@ class RecordStore:
             return None
         return ActorMigration.of(from_document(Move, move), from_document(ActorRow, row))
 
-    @_translated
+    @_many_trips
     async def audit(self, limit: int = 100) -> list[AuditEvent]:
         """The latest changes of a move's status, newest first."""
         entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
         return [_audit_event(entry) for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
 
-    @_translated
+    @_one_trip
     async def note(self, event: ClusterEvent) -> None:
         """Keep an event of the cluster; the oldest beyond CLUSTER_EVENTS are forgotten."""
         entry: Any = {"event": orjson.dumps(to_document(event))}
         await self._redis.xadd(self._keys.events, entry, maxlen=CLUSTER_EVENTS, approximate=True)
 
-    @_translated
+    @_one_trip
     async def events(self, limit: int = 20) -> list[ClusterEvent]:
         """The latest events of the cluster, newest first."""
         entries = await self._redis.xrevrange(self._keys.events, count=limit) if limit > 0 else []
@@ -277,7 +291,7 @@ class RecordStore:
         ]
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
-    @_translated
+    @_many_trips
     async def trim(self, keep: int) -> int:
         """Delete the oldest terminal moves with their rows until at most `keep` records are left; return how many went.
 
