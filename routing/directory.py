@@ -118,7 +118,8 @@ class Directory:
     # -- following -------------------------------------------------------------------------------------------------
     def _on_entry(self, stored: Entry) -> None:
         unit = stored.subject[self._prefix :]
-        if stored.removed or shard_of_key(unit) is None:
+        shard = shard_of_key(unit)
+        if stored.removed or shard is None or shard >= self.shards_total:
             return
         try:
             ownership = decode_ownership(stored.payload)

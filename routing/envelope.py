@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from routing import errors
+from routing import errors, jsonlike
 from routing.address import ActorId
 from routing.errors import FerryError, InvalidInput, Moved, PayloadTooLarge
 
@@ -48,7 +48,7 @@ class Answer:
 def encode_command(command: Command) -> bytes:
     """Raises InvalidInput when the arguments are not JSON-like."""
     try:
-        return orjson.dumps(
+        return jsonlike.dumps(
             {
                 "actor": str(command.actor),
                 "command": command.name,
@@ -101,7 +101,9 @@ def decode_answer(payload: bytes) -> Answer:
         return Answer(error=Moved(str(document["moved"]), owner=owner, epoch=epoch), owner=owner, epoch=epoch)
     if "error" in document:
         return Answer(error=errors.from_wire(_field(document, "error", dict)), owner=owner, epoch=epoch)
-    return Answer(value=document.get("value"), owner=owner, epoch=epoch)
+    if "value" not in document:
+        raise InvalidInput("answer with neither a value nor an error")
+    return Answer(value=document["value"], owner=owner, epoch=epoch)
 
 
 def _object(payload: bytes, what: str) -> dict[str, Any]:

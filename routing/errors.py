@@ -24,6 +24,7 @@ FerryError
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -120,28 +121,53 @@ class InvariantViolated(FerryError):
     """A bug: something the protocol rules out has happened. The process that sees it stops."""
 
 
-# What travels: the class name and the message. Anything else arrives as PermanentError.
+# What travels: the class name, the message, and what the class carries beside it.
 _BY_NAME: dict[str, type[FerryError]] = {
     cls.__name__: cls
     for cls in (
         Timeout, Unavailable, Busy, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
-        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, NotApplicable, Incompatible, InDoubt,
+        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, NotApplicable, Incompatible, InDoubt, Moved,
+        InvariantViolated, TransientError, PermanentError, FerryError,
     )
 }  # fmt: skip
 
 
 def to_wire(error: Exception) -> dict[str, Any]:
-    """`{"kind", "message"}` of an error, plus its retry hint; foreign errors travel as HandlerFailed."""
-    kind = type(error).__name__ if type(error).__name__ in _BY_NAME else "HandlerFailed"
-    document: dict[str, Any] = {"kind": kind, "message": str(error) or type(error).__name__}
-    if isinstance(error, Busy):
-        document["retry_after_s"] = error.retry_after_s
+    """`{"kind", "message"}` of an error, and what its kind carries.
+
+    A class derived from one of the tree, such as an application's own Rejected, travels as that one; foreign errors
+    travel as HandlerFailed.
+    """
+    known = (cls.__name__ for cls in type(error).__mro__ if _BY_NAME.get(cls.__name__) is cls)
+    message = str(error) or type(error).__name__
+    document: dict[str, Any] = {
+        "kind": next(known, HandlerFailed.__name__),
+        "message": message.encode(errors="replace").decode(),  # JSON has no half characters
+    }
+    match error:
+        case Busy():
+            document["retry_after_s"] = error.retry_after_s
+        case Moved():
+            document |= {"owner": error.owner, "epoch": error.epoch}
+        case InDoubt():
+            document["message_id"] = error.message_id
     return document
 
 
 def from_wire(document: dict[str, Any]) -> FerryError:
-    """The error a peer reported. Unknown kinds, from a newer peer, become PermanentError."""
+    """The error a peer reported; it is one of the tree whatever was sent.
+
+    Unknown kinds, from a newer peer, become PermanentError; a malformed field counts as not sent.
+    """
     kind, message = str(document.get("kind", "")), str(document.get("message", "no message"))
-    if kind == "Busy":
-        return Busy(message, retry_after_s=float(document.get("retry_after_s", 0.05)))
-    return _BY_NAME.get(kind, PermanentError)(message)
+    match kind, document:
+        case "Busy", {"retry_after_s": float() | int() as retry_after_s} if 0 <= retry_after_s < math.inf:
+            return Busy(message, retry_after_s=float(retry_after_s))
+        case "Moved", {"owner": str() | None as owner, "epoch": int(epoch)}:
+            return Moved(message, owner=owner, epoch=epoch)
+        case "Moved", _:
+            return Moved(message, owner=None, epoch=0)
+        case "InDoubt", {"message_id": str(message_id)}:
+            return InDoubt(message, message_id=message_id)
+        case _:
+            return _BY_NAME.get(kind, PermanentError)(message)

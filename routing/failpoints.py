@@ -12,12 +12,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Mapping
 
 from routing.errors import InvalidInput, PermanentError, Unavailable
 
 _ACTIONS = ("error", "unavailable", "kill", "stop")
+_COUNT = re.compile(r"[1-9][0-9]*")
 
 
 class Failpoints:
@@ -28,10 +30,10 @@ class Failpoints:
         for item in filter(None, (part.strip() for part in specification.split(","))):
             name, equals, action = item.partition("=")
             action, star, count = action.partition("*")
-            if not equals or action not in _ACTIONS or (star and not count.isdigit()):
+            if not (name and equals) or action not in _ACTIONS or (star and not _COUNT.fullmatch(count)):
                 raise InvalidInput(
                     f"FERRY_FAILPOINTS: {item!r} is malformed: write NAME=ACTION or NAME=ACTION*COUNT,"
-                    f" ACTION one of {', '.join(_ACTIONS)}"
+                    f" COUNT from 1, ACTION one of {', '.join(_ACTIONS)}"
                 )
             self._armed[name] = (action, int(count) if star else None)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from routing.address import ActorId, NodeId
 from routing.directory import Directory
-from routing.envelope import Answer, Command, decode_answer, encode_command
-from routing.errors import Busy, FerryError, InDoubt, InvalidInput, Moved, PayloadTooLarge, Timeout, Unavailable
+from routing.envelope import Answer, Command, decode_answer, decode_command, encode_answer, encode_command
+from routing.errors import Busy, FerryError, InDoubt, InvalidInput, Moved, Timeout, Unavailable
 from routing.link import Link
 from routing.subjects import Subjects
 
@@ -54,16 +56,20 @@ class Router:
 
         Raises Rejected, HandlerFailed and InvalidInput as the actor's node answered; Unavailable when nobody could be
         reached at all; Timeout when it was refused until the deadline and surely not applied; InDoubt when it may
-        have been applied: send the same `message_id` again to learn the outcome.
+        have been applied: send the same `message_id` again to learn the outcome. InvalidInput, PayloadTooLarge as well
+        for what no node could receive, wherever the actor lives today.
         """
-        if timeout_s <= 0:
-            raise InvalidInput(f"timeout of {timeout_s} s: must be greater than 0")
+        if not 0 < timeout_s < math.inf:
+            raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         command = Command(
-            actor=actor, name=name, arguments=arguments or {}, message_id=message_id or new_message_id(),
+            actor=actor, name=name, arguments=arguments or {},
+            message_id=new_message_id() if message_id is None else message_id,
             expires_ms=int((self._wall_clock() + timeout_s) * 1000),
         )  # fmt: skip
+        # A local actor gets what a remote one would: checked alike, and nothing that the caller can still change.
+        command = decode_command(encode_command(command), max_bytes=self._max_command_bytes)
         attempt = _Attempts(command)
         while (left_s := deadline - loop.time()) > 0:
             answer = await self._attempt(command, attempt, min(left_s, ATTEMPT_S))
@@ -105,22 +111,13 @@ class Router:
         if self._local is not None and self._local.serves(unit):
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await self._local.ask(command)
+                    return _received(await self._local.ask(command))
             except TimeoutError as error:
                 raise Timeout(f"no answer from this node within {timeout_s:g} s") from error
         owner, epoch = self._route(unit)
         if owner is None:
             raise Unavailable(f"{unit} has no owner yet: start a coordinator and a node")
-        payload = encode_command(
-            Command(
-                actor=command.actor, name=command.name, arguments=command.arguments, message_id=command.message_id,
-                epoch=epoch, expires_ms=command.expires_ms,
-            )
-        )  # fmt: skip
-        if len(payload) > self._max_command_bytes:
-            raise PayloadTooLarge(
-                f"command of {len(payload)} bytes: the limit is {self._max_command_bytes} (FERRY_MAX_COMMAND_BYTES)"
-            )
+        payload = encode_command(replace(command, epoch=epoch))
         subject = self._subjects.command(owner, self._sender)
         return decode_answer(await self._link.request(subject, payload, timeout_s=timeout_s))
 
@@ -176,6 +173,13 @@ class _Attempts:
         if isinstance(self._last, Unavailable):
             return Unavailable(f"{what} was not applied: {self._last}")
         return Timeout(f"{what} was not applied within {timeout_s:g} s: {self._last or 'no attempt could be made'}")
+
+
+def _received(answer: Answer) -> Answer:
+    """A local answer as it would have come by the network: the actor remembers its own, the caller may change this."""
+    if answer.error is None and isinstance(answer.value, (str, int, float, type(None))):
+        return answer
+    return decode_answer(encode_answer(answer))
 
 
 def new_message_id() -> str:

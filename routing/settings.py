@@ -7,6 +7,7 @@ uses no clock): append < drain < step < pause lease < lock lease < hard limit < 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -86,27 +87,36 @@ class Settings:
         Without FERRY_NATS_URL or FERRY_REDIS_URL, the embedded servers of this data folder are used while they run.
         Raises InvalidInput listing every mistake.
         """
-        env = Env(eager=False, prefix="FERRY_")
-        env.read_env(env_file, recurse=False)
-        read: dict[str, Any] = {
-            "str": env.str, "int": env.int, "float": env.float, "bool": env.bool, "tuple[str, ...]": env.list,
-        }  # fmt: skip
-        values = {
-            field.name: read[str(field.type)](field.name.upper())
-            for field in fields(cls)
-            if f"FERRY_{field.name.upper()}" in os.environ
-        }
-        try:
-            env.seal()
-        except EnvValidationError as error:
-            wrong: Any = error.error_messages  # environs types them wider than it raises them
-            raise InvalidInput("; ".join(f"{name}: {' '.join(why)}" for name, why in wrong.items())) from error
+        values, problems = _read(env_file)
         values.update({name: value for name, value in overrides.items() if value is not None})
         if "actors" in values:
-            values["actors"] = tuple(module for module in values["actors"] if module)
+            values["actors"] = tuple(module.strip() for module in values["actors"] if module.strip())
         for name, url in embedded_urls(Path(values.get("data_dir", DEFAULT_DATA_DIR))).items():
             values.setdefault(name, url)
-        return cls(**values)
+        try:
+            settings = cls(**values)
+        except InvalidInput as error:
+            problems.append(str(error))
+        if problems:
+            raise InvalidInput("; ".join(problems))
+        return settings
+
+
+def _read(env_file: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """(what is set, by name; what cannot be read): the environment wins over the file, which stays out of it."""
+    env = Env(eager=False, prefix="FERRY_")
+    env.read_env(env_file, recurse=False)
+    read: dict[str, Any] = {
+        "str": env.str, "int": env.int, "float": env.float, "bool": env.bool, "tuple[str, ...]": env.list,
+    }  # fmt: skip
+    values = {field.name: read[str(field.type)](field.name.upper(), None) for field in fields(Settings)}
+    problems = []
+    try:
+        env.seal()
+    except EnvValidationError as error:
+        wrong: Any = error.error_messages  # environs types them wider than it raises them
+        problems = [f"{name}: {' '.join(why)}" for name, why in wrong.items()]
+    return {name: value for name, value in values.items() if value is not None}, problems
 
 
 def embedded_urls(data_dir: Path) -> dict[str, str]:
@@ -129,8 +139,10 @@ def _range_problems(s: Settings) -> list[str]:
         problems.append(f"FERRY_REPLICAS={s.replicas}: use 1, 3 or 5")
     for field in fields(s):
         value = getattr(s, field.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            problems.append(f"FERRY_{field.name.upper()}={value}: must be greater than 0")
+        if field.name in ("shards", "logs", "replicas") or not isinstance(value, (int, float)):
+            continue
+        if not (0 < value < math.inf or isinstance(value, bool)):
+            problems.append(f"FERRY_{field.name.upper()}={value}: must be finite and greater than 0")
     if not s.nats_url.startswith(("nats://", "tls://", "ws://", "wss://")):
         problems.append(f"FERRY_NATS_URL={s.nats_url}: must start with nats:// or tls://")
     if not s.redis_url.startswith(("redis://", "rediss://", "unix://")):

@@ -22,6 +22,7 @@ from routing.address import ActorId
 from routing.errors import InvalidInput
 
 _CLUSTER = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_SHARD = re.compile(r"shard\.(0|[1-9][0-9]{0,4})")  # as `shard_key` writes it, for a shard has one name only
 
 CLUSTER_KEY = "cluster"
 SUSPENDED_KEY = "suspended"
@@ -78,8 +79,8 @@ def shard_key(shard: int) -> str:
 
 def shard_of_key(key: str) -> int | None:
     """The shard a map key is about, or None when the key is about something else."""
-    head, _, number = key.partition(".")
-    return int(number) if head == "shard" and number.isdigit() else None
+    written = _SHARD.fullmatch(key)
+    return int(written[1]) if written else None
 
 
 def node_key(node: str) -> str:

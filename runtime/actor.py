@@ -18,7 +18,8 @@
             self.total += amount
 
 A command decides and emits events; an event changes state and must do the same on every replay: no clock, no
-random, no I/O. A query only reads. State is the instance's public attributes.
+random, no I/O. A query only reads. State is the instance's public attributes: values of `routing.jsonlike`, and lists
+rather than tuples. Raise `schema_version` whenever they change: state of the same version is restored exactly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any, ClassVar, TypeVar
 import orjson
 from marshmallow import Schema
 
+from routing import jsonlike
 from routing.address import ActorId
 from routing.errors import InvalidInput, InvariantViolated, Rejected, StateNotPortable, UnknownActorType, UnknownCommand
 
@@ -39,7 +41,6 @@ __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
-_SCALARS = (str, int, float, bool, type(None))
 
 
 def command(function: F) -> F:
@@ -113,15 +114,21 @@ class Actor:
         """Record that something happened, and apply it. Only inside a @command.
 
         Values are JSON-like; the event handler sees them as they will be read back, so live and replayed state agree.
+        It gets a copy of its own: what it keeps may be changed by a later event, and the log must not change with it.
+        Raises InvalidInput in a @query or an @event, and for values that are not JSON-like.
         """
         if self._emitted is None:
-            raise InvalidInput(f"emit({event_name!r}) outside a @command: only commands change state")
+            raise InvalidInput(f"emit({event_name!r}) outside a @command: a @query only reads, an @event only applies")
         try:
-            values = orjson.loads(orjson.dumps(values))
+            encoded = jsonlike.dumps(values)
         except TypeError as error:
             raise InvalidInput(f"event {event_name!r} has a value that is not JSON-like: {error}") from error
-        self.apply(event_name, values)
-        self._emitted.append([event_name, values])
+        emitted, self._emitted = self._emitted, None  # an event that emits would do so again on every replay
+        try:
+            self.apply(event_name, orjson.loads(encoded))
+        finally:
+            self._emitted = emitted
+        emitted.append([event_name, orjson.loads(encoded)])
 
     def apply(self, event_name: str, values: dict[str, Any]) -> None:
         """Run the @event handler. Raises StateNotPortable when this class does not know the event."""
@@ -151,6 +158,8 @@ class ActorClasses:
         """Import modules and take every Actor with an `actor_type` they define or import. Raises InvalidInput."""
         found = cls()
         for name in modules:
+            if not name or name.startswith("."):
+                raise InvalidInput(f"--actors {name!r}: name a module, e.g. examples.flights")
             try:
                 module = importlib.import_module(name)
             except ImportError as error:
@@ -196,15 +205,16 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     """Run one command or query and return its reply, as it will be read back from JSON.
 
     A command's events are added to `emitted` as [name, values], also when it raises: then the instance already has
-    them and must be discarded. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
+    them and must be discarded. The handler gets a copy of the arguments, for a command is decided again when its append
+    fails. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
     """
     if instance._emitted is not None:
         raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
     instance._emitted = emitted if handler.kind == "command" else None
     try:
-        result = handler.function(instance, **arguments)
+        result = handler.function(instance, **jsonlike.copy(arguments))
         if inspect.isawaitable(result):
             result = await result
     finally:
         instance._emitted = None
-    return result if isinstance(result, _SCALARS) else orjson.loads(orjson.dumps(result))
+    return jsonlike.copy(result)

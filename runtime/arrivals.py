@@ -119,7 +119,9 @@ class StagedActors:
         if arriving.received_bytes < row.transfer_bytes or arriving.data is None:
             raise Unavailable(f"{row.actor_id} of move {move} has not arrived whole: send it again")
         portable = Portable.decode(bytes(arriving.data))
-        if (str(portable.actor_id), portable.version, portable.frame.digest) != (row.actor_id, row.version, row.digest):
+        frame = portable.frame
+        arrived = (str(portable.actor_id), portable.version, frame.digest, frame.state_bytes)
+        if arrived != (row.actor_id, row.version, row.digest, row.state_bytes):
             raise StateNotPortable(f"{row.actor_id} of move {move} is not what was announced")
         return portable.activate(
             self._classes, window=self._settings.dedup_window, max_state_bytes=self._settings.max_state_bytes,

@@ -16,14 +16,14 @@ from typing import Any
 
 import orjson
 import zstandard
-from marshmallow import ValidationError
+from marshmallow import Schema
 
+from routing import jsonlike
 from routing.address import ActorId
 from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable
 from runtime.actor import Actor
 
 COMPRESS_FROM_BYTES = 1024  # below this zstd saves less than a JSON header costs
-JSON_OPTIONS = orjson.OPT_SORT_KEYS  # one state, one digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,40 +38,69 @@ class Frame:
 
 
 def capture_state(instance: Actor) -> bytes:
-    """The actor's state as bytes. Raises StateNotPortable naming the attribute that cannot be encoded."""
+    """The actor's state as bytes; equal state gives equal bytes.
+
+    Raises StateNotPortable naming the attribute that cannot be encoded without changing, and for whatever the actor's
+    own `capture()` or schema raises.
+    """
     own = getattr(instance, "capture", None)
-    if own is not None:
-        state = own()
-        if not isinstance(state, bytes):
-            raise StateNotPortable(f"{type(instance).__name__}.capture() returned {type(state).__name__}: return bytes")
-        return state
-    attributes = {name: value for name, value in vars(instance).items() if not name.startswith("_")}
-    if instance.state_schema is not None:
-        attributes = instance.state_schema().dump(instance)
     try:
-        return orjson.dumps(attributes, option=JSON_OPTIONS)
+        if own is not None:
+            state = own()
+            if not isinstance(state, bytes):
+                raise TypeError(f"capture() returned {type(state).__name__}: return bytes")
+            return state
+        if instance.state_schema is not None:
+            return _dump(instance, instance.state_schema())
+        return _attributes(instance)
+    except StateNotPortable:
+        raise
+    except Exception as error:  # the class's own code may raise anything
+        raise StateNotPortable(f"state of {_name(instance)}: {type(error).__name__}: {error}") from error
+
+
+def _dump(instance: Actor, schema: Schema) -> bytes:
+    """What the schema makes of the state, and would take back: found out here, not where the actor is to go on."""
+    state = jsonlike.dumps(schema.dump(instance), sort_keys=True)
+    schema.load(orjson.loads(state))
+    return state
+
+
+def _attributes(instance: Actor) -> bytes:
+    attributes = {name: value for name, value in vars(instance).items() if not name.startswith("_")}
+    try:
+        return jsonlike.dumps(attributes, tuples=False, sort_keys=True)
     except TypeError:
         for name, value in attributes.items():
             try:
-                orjson.dumps(value, option=JSON_OPTIONS)
+                jsonlike.dumps({name: value}, tuples=False)
             except TypeError as error:
                 raise StateNotPortable(
-                    f"{type(instance).__name__}.{name} is not JSON-like ({error}): use JSON values, a state_schema,"
-                    " or capture() and restore()"
+                    f"state of {_name(instance)}: attribute {name!r} is not JSON-like ({error}): use JSON values, a"
+                    " state_schema, or capture() and restore()"
                 ) from error
         raise
 
 
+def _name(instance: Actor) -> str:
+    actor_id = instance._actor_id
+    return type(instance).__name__ if actor_id is None else f"{actor_id} ({type(instance).__name__})"
+
+
 def restore_state(actor_class: type[Actor], state: bytes, schema: int) -> Actor:
-    """A fresh instance with that state. Raises StateNotPortable when this code cannot take it over."""
-    instance = actor_class()
+    """A fresh instance with that state. Raises StateNotPortable when this code cannot take it over.
+
+    State of the same version is restored exactly: an attribute that it lacks is removed. Upgraded state keeps what
+    `__init__` set for attributes that the older class did not have.
+    """
     if schema > actor_class.schema_version:
         raise StateNotPortable(
             f"{actor_class.actor_type} state of version {schema} is newer than this node's code"
             f" (version {actor_class.schema_version}): deploy the newer code here first"
         )
-    own = getattr(instance, "restore", None)
     try:
+        instance = actor_class()
+        own = getattr(instance, "restore", None)
         if own is not None:
             own(instance.upgrade(state, schema) if schema < actor_class.schema_version else state)
             return instance
@@ -80,12 +109,18 @@ def restore_state(actor_class: type[Actor], state: bytes, schema: int) -> Actor:
             values = instance.upgrade(values, schema)
         if actor_class.state_schema is not None:
             values = actor_class.state_schema().load(values)
+        elif schema == actor_class.schema_version:
+            for name in [name for name in vars(instance) if not name.startswith("_") and name not in values]:
+                delattr(instance, name)
         for name, value in values.items():
             setattr(instance, name, value)
     except StateNotPortable:
         raise
-    except (ValidationError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise StateNotPortable(f"{actor_class.actor_type} state cannot be restored by this code: {error}") from error
+    except Exception as error:  # the class's own code may raise anything
+        raise StateNotPortable(
+            f"{actor_class.actor_type} state cannot be restored by {actor_class.__name__}:"
+            f" {type(error).__name__}: {error}"
+        ) from error
     return instance
 
 
@@ -113,6 +148,9 @@ def unpack(frame: Frame, *, max_bytes: int) -> bytes:
         raise PayloadTooLarge(f"state of {frame.state_bytes} bytes: the limit is {max_bytes} (FERRY_MAX_STATE_BYTES)")
     if frame.codec == "zstd":
         try:
+            claimed_bytes = zstandard.frame_content_size(frame.body)
+            if claimed_bytes != frame.state_bytes:  # the decompressor would allocate whatever a flipped bit says
+                raise StateNotPortable(f"state of {frame.state_bytes} bytes is compressed as of {claimed_bytes}")
             state = zstandard.ZstdDecompressor().decompress(frame.body, max_output_size=frame.state_bytes)
         except zstandard.ZstdError as error:
             raise StateNotPortable(f"state cannot be decompressed: {error}") from error
@@ -148,10 +186,36 @@ def frame_header(frame: Frame) -> dict[str, Any]:
 
 def frame_of(header: dict[str, Any], body: bytes) -> Frame:
     """Raises InvalidInput when the header describes no state."""
-    try:
-        return Frame(
-            schema=int(header["schema"]), codec=str(header["codec"]), state_bytes=int(header["bytes"]),
-            digest=str(header["digest"]), body=body,
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"header describes no state: {error}") from error
+    return Frame(
+        schema=number(header, "schema"), codec=text(header, "codec"), state_bytes=number(header, "bytes"),
+        digest=text(header, "digest"), body=body,
+    )  # fmt: skip
+
+
+# -- fields of a header, each checked where it is read: InvalidInput for one that is missing or of another type --------
+def number(header: dict[str, Any], name: str) -> int:
+    return _whole(header.get(name), name)
+
+
+def numbers(header: dict[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(_whole(value, name) for value in sequence(header, name))
+
+
+def text(header: dict[str, Any], name: str) -> str:
+    value = header.get(name)
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name!r} of a header is {value!r}: must be text")
+    return value
+
+
+def sequence(header: dict[str, Any], name: str) -> list[Any]:
+    value = header.get(name)
+    if not isinstance(value, list):
+        raise InvalidInput(f"{name!r} of a header is {value!r}: must be a list")
+    return value
+
+
+def _whole(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput(f"{name!r} of a header is {value!r}: must be a whole number, 0 or more")
+    return value

@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, assert_never
 
 from routing.address import ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.link import Entry, Link
 from routing.subjects import Subjects
-from runtime.codec import Frame, frame_header, frame_of, join, split
+from runtime.codec import Frame, frame_header, frame_of, join, number, numbers, sequence, split, text
+from runtime.memory import check_answered
 
 LOAD_ATTEMPTS = 8  # a snapshot landing while we read removes what we are about to read; then start over
 
@@ -130,12 +131,38 @@ def decode_record(payload: bytes) -> Record:
     """Raises StateNotPortable for anything `encode_record` of this or an older version did not write."""
     try:
         header, body = split(payload)
-        kind = Kind(header["kind"])
-        return Record(
-            kind=kind, epoch=int(header["epoch"]), incarnation=str(header["incarnation"]),
-            trail=tuple(header["trail"]), message_id=header.get("id", ""), events=header.get("events", []),
-            reply=header.get("reply"), error=header.get("error"), answered=header.get("answered", []),
-            frame=frame_of(header, body) if kind is Kind.SNAPSHOT else None,
-        )  # fmt: skip
-    except (InvalidInput, KeyError, TypeError, ValueError) as error:
+        kind = Kind(text(header, "kind"))
+        common: dict[str, Any] = {
+            "kind": kind, "epoch": number(header, "epoch"), "incarnation": text(header, "incarnation"),
+            "trail": numbers(header, "trail"),
+        }  # fmt: skip
+        match kind:
+            case Kind.COMMAND:
+                events = [_event(entry) for entry in sequence(header, "events")]
+                return Record(message_id=text(header, "id"), events=events, reply=header["reply"], **common)
+            case Kind.REJECTION:
+                return Record(message_id=text(header, "id"), error=_error(header), **common)
+            case Kind.CLAIM:
+                return Record(**common)
+            case Kind.SNAPSHOT:
+                answered = check_answered(sequence(header, "answered"))
+                return Record(answered=answered, frame=frame_of(header, body), **common)
+            case _:
+                assert_never(kind)
+    except (InvalidInput, KeyError, ValueError) as error:
         raise StateNotPortable(f"log entry {payload[:80]!r} cannot be read by this version: {error}") from error
+
+
+def _event(entry: Any) -> list[Any]:
+    match entry:
+        case [str(), dict()]:
+            return list(entry)
+        case _:
+            raise InvalidInput(f"{entry!r} is no event: expected [name, values]")
+
+
+def _error(header: dict[str, Any]) -> dict[str, Any]:
+    error = header.get("error")
+    if not isinstance(error, dict):
+        raise InvalidInput(f"rejection with {error!r} for its error")
+    return error

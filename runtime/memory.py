@@ -7,6 +7,7 @@ from typing import Any
 
 from routing import errors
 from routing.envelope import Answer
+from routing.errors import InvalidInput
 
 
 class AnsweredCommands:
@@ -43,7 +44,19 @@ class AnsweredCommands:
 
     @classmethod
     def from_document(cls, document: list[list[Any]], limit: int) -> AnsweredCommands:
+        """The inverse of `to_document`. Raises InvalidInput."""
         window = cls(limit)
-        for message_id, reply, *error in document:
+        for message_id, reply, *error in check_answered(document):
             window.add(message_id, reply, error[0] if error else None)
         return window
+
+
+def check_answered(document: list[Any]) -> list[list[Any]]:
+    """Return `document` if `to_document` can have made it. Raises InvalidInput otherwise."""
+    for entry in document:
+        match entry:
+            case [str(), _] | [str(), None, dict()]:
+                continue
+            case _:
+                raise InvalidInput(f"{entry!r} is no answered command: expected [id, reply] or [id, null, error]")
+    return document

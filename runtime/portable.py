@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing.address import ActorId
-from routing.errors import InvalidInput
 from runtime.actor import ActorClasses
-from runtime.codec import Frame, frame_header, frame_of, join, restore_state, split, unpack
+from runtime.codec import (
+    Frame,
+    frame_header,
+    frame_of,
+    join,
+    number,
+    numbers,
+    restore_state,
+    sequence,
+    split,
+    text,
+    unpack,
+)
 from runtime.live_actor import LiveActor
-from runtime.memory import AnsweredCommands
+from runtime.memory import AnsweredCommands, check_answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +46,11 @@ class Portable:
     def decode(cls, payload: bytes) -> Portable:
         """Raises InvalidInput for anything that `encode` did not write."""
         header, body = split(payload)
-        try:
-            return cls(
-                actor_id=ActorId.parse(header["actor"]), version=int(header["version"]), epoch=int(header["epoch"]),
-                trail=tuple(int(sequence) for sequence in header["trail"]), answered=list(header["answered"]),
-                frame=frame_of(header, body),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"transferred actor has a malformed header: {error}") from error
+        return cls(
+            actor_id=ActorId.parse(text(header, "actor")), version=number(header, "version"),
+            epoch=number(header, "epoch"), trail=numbers(header, "trail"),
+            answered=check_answered(sequence(header, "answered")), frame=frame_of(header, body),
+        )  # fmt: skip
 
     def activate(self, classes: ActorClasses, *, window: int, max_state_bytes: int, used_at_s: float) -> LiveActor:
         """An inactive actor to be verified against the log before its first use.

@@ -76,7 +76,9 @@ class Reconciler:
         finished = []
         for plan in await self._store.running_plans():
             if plan.completed + plan.failed >= plan.total:
-                finished.append(await self._store.save_plan(replace(plan, finished_at=self._wall_clock())))
+                moves = await self._store.moves(plan_id=plan.id, limit=plan.total)
+                ended_at = max((move.finished_at or 0.0 for move in moves), default=self._wall_clock())
+                finished.append(await self._store.save_plan(replace(plan, finished_at=ended_at)))
         if finished:
             await self._store.trim(self._records_kept)
         return finished

@@ -298,6 +298,37 @@ def test_a_reply_is_not_the_state_itself() -> None:
     assert notebook.pages == {"p": [1]}
 
 
+def test_a_handler_that_changes_its_arguments_does_not_change_the_command() -> None:
+    """The command is decided again when its append fails: from what was sent, not from what the first try left."""
+
+    class Eater(Notebook):
+        actor_type = "eater"
+
+        @command
+        def eat(self, *, items: list[str]) -> str:
+            return items.pop()
+
+    arguments = {"items": ["a", "b"]}
+
+    assert [run_virtually(run(Eater(), Eater.handlers["eat"], arguments, [])) for _ in range(2)] == ["b", "b"]
+    assert arguments == {"items": ["a", "b"]}
+
+
+@pytest.mark.parametrize("reply", [2**80, "\ud800", float("nan"), [float("inf")], b"bytes"])
+def test_a_reply_that_the_log_cannot_hold_is_a_type_error(reply: Any) -> None:
+    """Found here, as the actor's mistake, and not when the record is encoded."""
+
+    class Strange(Notebook):
+        actor_type = "strange"
+
+        @query
+        def ask(self) -> Any:
+            return reply
+
+    with pytest.raises(TypeError):
+        call(Strange(), "ask")
+
+
 def test_a_reply_that_is_not_json_like_is_a_type_error() -> None:
     """The mailbox turns it into HandlerFailed: the actor's own mistake."""
     with pytest.raises(TypeError):

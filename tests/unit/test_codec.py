@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import enum
 import os
 from dataclasses import replace
 from typing import Any
@@ -160,6 +162,54 @@ def test_state_that_json_would_turn_into_something_else_is_refused_or_comes_back
             continue
         assert isinstance(again, Bag)
         assert again.content == value, type(value)
+
+
+class Phase(enum.StrEnum):
+    RUNNING = "running"
+
+
+@pytest.mark.parametrize("value", [(1, 2), Phase.RUNNING, collections.defaultdict(list), collections.Counter("ab")])
+def test_state_that_would_only_look_the_same_is_refused(value: Any) -> None:
+    """It compares equal after JSON, or nearly, but the same code behaves otherwise: `is`, a default, a comparison."""
+    for content in (value, [value], {"deep": [value]}):
+        with pytest.raises(StateNotPortable, match="content"):
+            capture_state(bag(content))
+
+
+def test_state_that_its_own_schema_would_refuse_is_found_out_at_the_source() -> None:
+    """Not at the destination, or after a crash, when nobody has the instance any more."""
+
+    class OneWaySchema(Schema):
+        total = fields.Integer(dump_only=True)
+
+    class OneWay(Actor):
+        actor_type = "one_way"
+        state_schema = OneWaySchema
+
+        def __init__(self) -> None:
+            self.total = 1
+
+    with pytest.raises(StateNotPortable, match="total"):
+        capture_state(OneWay())
+
+
+def test_an_upgraded_class_keeps_its_defaults_for_what_older_state_lacks() -> None:
+    """`upgrade` need not repeat what `__init__` says about an attribute that is new."""
+
+    class Grown(Bag):
+        actor_type = "grown"
+        schema_version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.added = "default"
+
+        def upgrade(self, state: Any, from_version: int) -> Any:
+            return state
+
+    again = restore_state(Grown, b'{"content":1,"count":2}', 1)
+
+    assert vars(again) == {"content": 1, "count": 2, "_cache": "not state", "added": "default"}
 
 
 def test_a_deeply_nested_state_is_carried_or_refused_but_does_not_crash() -> None:

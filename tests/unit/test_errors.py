@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +103,30 @@ def test_an_error_that_is_not_ours_travels_as_a_failed_handler() -> None:
 
     assert isinstance(from_wire(document), HandlerFailed)
     assert "division by zero" in document["message"]
+
+
+def test_a_derived_error_travels_as_what_it_is_derived_from() -> None:
+    """An application's own Rejected is a decision, not a failure of the handler."""
+
+    class OutOfStock(Rejected):
+        pass
+
+    arrived = from_wire(to_wire(OutOfStock("no tea left")))
+
+    assert type(arrived) is Rejected
+    assert str(arrived) == "no tea left"
+
+
+def test_a_foreign_error_is_not_taken_for_ours_by_its_name() -> None:
+    """Many libraries have a Timeout: it says nothing about whether the command was applied."""
+    foreign = type("Timeout", (Exception,), {})
+
+    assert isinstance(from_wire(to_wire(foreign("of another library"))), HandlerFailed)
+
+
+def test_a_message_that_is_no_valid_text_still_travels() -> None:
+    """An actor may put anything into its Rejected."""
+    assert orjson.dumps(to_wire(Rejected("half a character: \ud800")))
 
 
 @pytest.mark.parametrize("kind", ["FromTheFuture", "Exception", "SystemExit", "to_wire", "", "__class__"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.errors import Rejected, to_wire
+from routing.errors import InvalidInput, Rejected, to_wire
 from runtime.memory import AnsweredCommands
 
 ENTRIES = st.lists(
@@ -88,3 +89,12 @@ def test_the_document_does_not_change_with_what_comes_later() -> None:
     answered.add("n", 2, None)
 
     assert [entry[0] for entry in document] == ["m"]
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 7, "m", [], ["m"], [1, 2], ["m", 1, {"kind": "Rejected"}], ["m", None, "no"], ["m", None, {}, 1]]
+)
+def test_a_damaged_window_is_invalid_input(entry: Any) -> None:
+    """A wrong answer remembered would be given to whoever repeats the command."""
+    with pytest.raises(InvalidInput):
+        AnsweredCommands.from_document([["fine", 1], entry], 10)

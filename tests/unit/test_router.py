@@ -547,6 +547,50 @@ async def test_a_local_caller_cannot_reach_into_the_actor_through_its_arguments(
     assert got == [{"items": ["tea"]}]
 
 
+@virtually
+async def test_a_local_caller_cannot_reach_into_the_actor_through_its_reply() -> None:
+    """The actor remembers its answers: a caller that changes its own must not change what a repeated one gets."""
+    remembered = {"items": ["tea"]}
+
+    async def answer(_command: Command) -> Answer:
+        return Answer(value=remembered, owner="a", epoch=1)
+
+    _, _, router = await local_router(answer)
+
+    reply = await router.send_message(ACTOR, "add")
+    reply["items"].append("milk")
+
+    assert remembered == {"items": ["tea"]}
+
+
+@virtually
+async def test_a_command_too_large_for_another_node_is_refused_locally_too() -> None:
+    """The limit is the cluster's, not the network's."""
+
+    async def answer(_command: Command) -> Answer:
+        return Answer(value=None, owner="a", epoch=1)
+
+    _, here, router = await local_router(answer)
+
+    with pytest.raises(PayloadTooLarge):
+        await router.send_message(ACTOR, "add", {"x": "y" * 600_000})
+
+    assert here.asked == []
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_that_is_no_deadline_is_refused(timeout_s: float) -> None:
+    """Every wait has a deadline."""
+
+    @virtually
+    async def check() -> None:
+        router = await Peers().start()
+        with pytest.raises(InvalidInput):
+            await router.send_message(ACTOR, "add", timeout_s=timeout_s)
+
+    check()
+
+
 def test_message_ids_do_not_repeat() -> None:
     """96 random bits each."""
     assert len({new_message_id() for _ in range(10_000)}) == 10_000
