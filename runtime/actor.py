@@ -18,8 +18,9 @@
             self.total += amount
 
 A command decides and emits events; an event changes state and must do the same on every replay: no clock, no
-random, no I/O. A query only reads. State is the instance's public attributes: values of `routing.jsonlike`, and lists
-rather than tuples. Raise `schema_version` whenever they change: state of the same version is restored exactly.
+random, no I/O. A query only reads. State is the instance's public attributes: JSON-like values, lists rather than
+tuples. An attribute that `__init__` sets anew keeps its default when older state lacks it; raise `schema_version` for
+any other change. Set an attribute to None rather than deleting it: restoring sets it again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from marshmallow import Schema
 
 from routing import jsonlike
 from routing.address import ActorId
-from routing.errors import InvalidInput, InvariantViolated, Rejected, StateNotPortable, UnknownActorType, UnknownCommand
+from routing.errors import (
+    HandlerFailed,
+    InvalidInput,
+    InvariantViolated,
+    Rejected,
+    StateNotPortable,
+    UnknownActorType,
+    UnknownCommand,
+)
 
 __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 
@@ -87,6 +96,7 @@ class Actor:
     handlers: ClassVar[dict[str, Handler]] = {}
 
     _emitted: list[list[Any]] | None = None  # collects while a command runs, None otherwise
+    _spoiled: Exception | None = None  # an event that failed half way in the command that ran last
     _actor_id: ActorId | None = None
 
     @property
@@ -126,6 +136,9 @@ class Actor:
         emitted, self._emitted = self._emitted, None  # an event that emits would do so again on every replay
         try:
             self.apply(event_name, orjson.loads(encoded))
+        except Exception as error:
+            self._spoiled = error  # half applied: even a command that catches this must not be journalled
+            raise
         finally:
             self._emitted = emitted
         emitted.append([event_name, orjson.loads(encoded)])
@@ -210,11 +223,13 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     """
     if instance._emitted is not None:
         raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
-    instance._emitted = emitted if handler.kind == "command" else None
+    instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
     try:
         result = handler.function(instance, **jsonlike.copy(arguments))
         if inspect.isawaitable(result):
             result = await result
     finally:
         instance._emitted = None
+    if instance._spoiled is not None:
+        raise HandlerFailed(f"{handler.name} went on after one of its events had failed") from instance._spoiled
     return jsonlike.copy(result)

@@ -90,8 +90,8 @@ def _name(instance: Actor) -> str:
 def restore_state(actor_class: type[Actor], state: bytes, schema: int) -> Actor:
     """A fresh instance with that state. Raises StateNotPortable when this code cannot take it over.
 
-    State of the same version is restored exactly: an attribute that it lacks is removed. Upgraded state keeps what
-    `__init__` set for attributes that the older class did not have.
+    What `__init__` sets and the state lacks stays: a class may gain an attribute with a default and take over its own
+    older state without a new `schema_version`.
     """
     if schema > actor_class.schema_version:
         raise StateNotPortable(
@@ -109,9 +109,6 @@ def restore_state(actor_class: type[Actor], state: bytes, schema: int) -> Actor:
             values = instance.upgrade(values, schema)
         if actor_class.state_schema is not None:
             values = actor_class.state_schema().load(values)
-        elif schema == actor_class.schema_version:
-            for name in [name for name in vars(instance) if not name.startswith("_") and name not in values]:
-                delattr(instance, name)
         for name, value in values.items():
             setattr(instance, name, value)
     except StateNotPortable:

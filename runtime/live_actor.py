@@ -93,7 +93,8 @@ class LiveActor:
         try:
             reply = await actors.run(self.instance, handler, command.arguments, events)
         except Exception as error:
-            self.dirty = bool(events) or not isinstance(error, Rejected)
+            clean = isinstance(error, Rejected) and not events and self.instance._spoiled is None
+            self.dirty = not clean
             refusal = as_refusal(error, self.actor_id, command.name)
             return Record(kind=Kind.REJECTION, error=errors.to_wire(refusal), **common)
         self.dirty = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from routing.settings import Settings
 from workflows.context import StepContext, open_context
 from workflows.local import EmbeddedServers, LocalCluster
 from workflows.records import TERMINAL
-from workflows.status import gather_status, to_json
 
 SHARDS = 12
 WAIT_S = 40.0
@@ -56,7 +56,12 @@ class Healing:
         return await control.ask(self.context.link, self.context.subjects, COORDINATOR, verb, asked, timeout_s=5.0)
 
     async def events(self) -> list[str]:
-        return [event["what"] for event in to_json(await gather_status(self.settings))["events"]]
+        """What `ferry status` tells, as a user would ask: a process of its own."""
+        asked = [sys.executable, "-m", "workflows.cli", "status", "--json"]
+        done = await asyncio.to_thread(
+            subprocess.run, asked, env=self.processes.environment(), capture_output=True, text=True, timeout=60
+        )
+        return [event["what"] for event in json.loads(done.stdout)["events"]]
 
     def shards_of(self, node: str) -> int:
         entries = self.context.directory.entries().values()

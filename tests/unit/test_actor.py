@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from routing.errors import (
     FerryError,
+    HandlerFailed,
     InvalidInput,
     InvariantViolated,
     Rejected,
@@ -482,3 +483,30 @@ def test_the_flights_example_counts() -> None:
         call(plane, "fly", distance=0)
 
     assert call(plane, "totals")[0] == {"flights": 2, "miles": 1600, "delay_minutes": 11, "last_airport": "BOS"}
+
+
+async def test_a_command_that_hides_the_failure_of_its_event_is_refused() -> None:
+    """The instance is half changed by then: a normal reply would journal a command whose effect nobody can replay."""
+
+    class Careless(Actor):
+        actor_type = "careless"
+
+        def __init__(self) -> None:
+            self.first = self.second = 0
+
+        @command
+        def step(self) -> int:
+            try:
+                self.emit("stepped")
+            except ZeroDivisionError:
+                return -1
+            return self.first
+
+        @event
+        def stepped(self) -> None:
+            self.first = 1
+            self.second = 1 // 0
+
+    # when the command swallows what its event raised, then it fails all the same
+    with pytest.raises(HandlerFailed, match="stepped|step"):
+        await run(Careless(), Careless.handlers["step"], {}, [])
