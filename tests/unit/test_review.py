@@ -1,0 +1,354 @@
+"""Scenes from a review: each states a promise of the protocol and shows where the code breaks it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from routing.address import ActorId
+from routing.birth import found_or_join
+from routing.directory import Directory
+from routing.errors import FerryError, HandlerFailed, Timeout, TransientError, Unavailable, WrongSequence
+from routing.link import Entry
+from routing.router import Router
+from runtime.actor import Actor, command
+from runtime.testing import MemoryLink
+from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
+from tests.unit.virtual_time import clock, until, virtually, wall_clock
+from workflows.admission import Admission
+from workflows.context import StepContext
+from workflows.coordinator import Coordinator
+from workflows.desk import Desk
+from workflows.reconciler import Reconciler
+from workflows.records import TERMINAL, ActorRow, MigrationPlan, MigrationStatus, Move, RebalanceRequest, PlannedMove, advance
+
+
+class HeldLink:
+    """A link whose reads of one actor's log wait until they are let go: a slow leader, for one subject."""
+
+    def __init__(self, link: MemoryLink) -> None:
+        self._link = link
+        self.held = ""  # end of the subjects whose reads wait
+        self.waiting = asyncio.Event()
+        self.let_go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
+        if self.held and subject.endswith(self.held):
+            self.waiting.set()
+            await self.let_go.wait()
+        return await self._link.last(stream, subject, timeout_s=timeout_s)
+
+
+@virtually
+async def test_a_capture_that_outlives_its_pause_does_not_touch_actors_in_use() -> None:
+    """A command that was acknowledged is seen by every later query and command, whatever a late capture does."""
+    async with cluster() as small:
+        links: list[HeldLink] = []
+
+        def wrap(link: MemoryLink) -> Any:
+            links.append(HeldLink(link))
+            return links[-1]
+
+        await small.add("a", wrap=wrap)
+        await small.add("b")
+        await small.assign("a")
+        await small.served_by("a")
+        # given an actor that capture has to load again (its handler failed), and one behind it in the shard
+        await small.send("first", "touch")
+        await small.send("second", "write", entry=1)
+        with pytest.raises(HandlerFailed):
+            await small.send("first", "write_and_fail", entry=0)
+        request = await small.lock("m1", "b")
+        await small.step("pause", request)
+        links[0].held = "=first"
+        capture = asyncio.create_task(small.step("capture", request))
+        await links[0].waiting.wait()
+
+        # when the move is aborted meanwhile, and the second actor is just running a command when capture gets to it
+        Ledger.open_gate = asyncio.Event()
+        await small.abort("m1")
+        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
+        writing = asyncio.create_task(small.send("second", "write_slowly", entry=2))
+        await until(lambda: Ledger.entered == 1)
+        links[0].held = ""
+        links[0].let_go.set()
+        with pytest.raises(FerryError):
+            await capture
+        Ledger.open_gate.set()
+        acknowledged = await writing
+
+        # then what was acknowledged is there
+        assert acknowledged == 2
+        assert await small.send("second", "read") == [1, 2]
+
+
+@virtually
+async def test_what_a_late_capture_lost_is_not_written_into_a_snapshot() -> None:
+    """No acknowledged command is lost: not even when the actor rolls its log up and is activated elsewhere."""
+    async with cluster(snapshot_every=4) as small:
+        links: list[HeldLink] = []
+
+        def wrap(link: MemoryLink) -> Any:
+            links.append(HeldLink(link))
+            return links[-1]
+
+        await small.add("a", wrap=wrap)
+        await small.add("b")
+        await small.assign("a")
+        await small.served_by("a")
+        await small.send("first", "touch")
+        await small.send("second", "write", entry=1)
+        with pytest.raises(HandlerFailed):
+            await small.send("first", "write_and_fail", entry=0)
+        request = await small.lock("m1", "b")
+        await small.step("pause", request)
+        links[0].held = "=first"
+        capture = asyncio.create_task(small.step("capture", request))
+        await links[0].waiting.wait()
+        Ledger.open_gate = asyncio.Event()
+        await small.abort("m1")
+        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
+        writing = asyncio.create_task(small.send("second", "write_slowly", entry=2))
+        await until(lambda: Ledger.entered == 1)
+        links[0].held = ""
+        links[0].let_go.set()
+        with pytest.raises(FerryError):
+            await capture
+        Ledger.open_gate.set()
+        await writing
+
+        for entry in (3, 4, 5, 6):
+            await small.send("second", "write", entry=entry)
+        await small.fail_over("b")
+        await small.served_by("b")
+
+        assert await small.send("second", "read") == [1, 2, 3, 4, 5, 6]
+
+
+# -- admission, reconciler, desk ---------------------------------------------------------------------------------------
+class Shelf:
+    """The record store's compare-and-set in memory. `lose` answers of saves that did land; `before` runs first."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, Move] = {}
+        self.plans: dict[str, MigrationPlan] = {}
+        self.lose: Callable[[Move], bool] = lambda move: False
+        self.before: Callable[[Move], Awaitable[None]] | None = None
+        self.between: Callable[[], Awaitable[None]] | None = None
+
+    async def save(self, move: Move, *, actors: Any = ()) -> Move:
+        if self.before is not None:
+            await self.before(move)
+        await asyncio.sleep(0)
+        known = self.stored.get(move.id)
+        if (known.revision if known else 0) != move.revision:
+            raise WrongSequence(f"move {move.id} was saved by another")
+        self.stored[move.id] = replace(move, revision=move.revision + 1)
+        if self.lose(move):
+            raise Unavailable("Redis does not serve (the answer was lost)")
+        return self.stored[move.id]
+
+    async def create_plan(self, plan: MigrationPlan, moves: list[Move], actors: Any) -> list[Move]:
+        self.plans[plan.id] = plan
+        stored = [await self.save(move) for move in moves]
+        if self.between is not None:
+            await self.between()
+        return stored
+
+    async def move(self, move_id: str) -> Move | None:
+        await asyncio.sleep(0)
+        return self.stored.get(move_id)
+
+    async def moves(self, plan_id: str | None = None, limit: int = 100) -> list[Move]:
+        return [move for move in self.stored.values() if move.plan_id == plan_id][:limit]
+
+    async def unfinished_moves(self) -> list[Move]:
+        await asyncio.sleep(0)
+        return [move for move in self.stored.values() if move.status not in TERMINAL]
+
+    async def plan(self, plan_id: str) -> MigrationPlan | None:
+        return self.plans.get(plan_id)
+
+    async def save_plan(self, plan: MigrationPlan) -> MigrationPlan:
+        self.plans[plan.id] = plan
+        return plan
+
+    async def running_plans(self) -> list[MigrationPlan]:
+        return [plan for plan in self.plans.values() if plan.finished_at is None]
+
+    async def trim(self, keep: int) -> int:
+        return 0
+
+    async def note(self, event: Any) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def planned(number: int, shard: int = 0, *, plan_id: str = "p1") -> Move:
+    return Move(
+        id=f"m{number}", plan_id=plan_id, unit=f"shard.{shard}", shard=shard, source="a", destination="b",
+        created_at=wall_clock() + number / 1000,
+    )  # fmt: skip
+
+
+class Office:
+    """Admission and reconciler of one leader over a shelf, with the cluster's map."""
+
+    def __init__(self, small: SmallCluster, shelf: Shelf, *, moves_at_once: int = 2) -> None:
+        store: Any = shelf
+        self.launched: list[str] = []
+        self.context = StepContext(
+            link=small.link, subjects=small.subjects, directory=small.directory, store=store, settings=small.settings,
+            wall_clock=wall_clock,
+        )  # fmt: skip
+        self.admission = Admission(
+            store=store, directory=small.directory, context=self.context, launch=self._launch,
+            moves_at_once=moves_at_once, wall_clock=wall_clock,
+        )  # fmt: skip
+        self.reconciler = Reconciler(
+            store=store, directory=small.directory, context=self.context, admission=self.admission,
+            records_kept=1000, wall_clock=wall_clock,
+        )  # fmt: skip
+
+    async def _launch(self, move: Move) -> None:
+        self.launched.append(move.id)
+
+    async def run(self, for_s: float) -> None:
+        """What Coordinator._tend_moves does while nothing changes in membership."""
+        until_s = clock() + for_s
+        while clock() < until_s:
+            for act in (self.reconciler.reconcile, lambda: self.admission.admit(("a", "b"))):
+                try:
+                    await act()
+                except TransientError:
+                    break
+            await asyncio.sleep(1.0)
+
+
+@virtually
+async def test_a_save_whose_answer_was_lost_does_not_stop_admission_for_ever() -> None:
+    """A launch that Redis stored without saying so is found out; moves behind it are launched, records end."""
+    async with cluster("a", "b", shards=2) as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+        office.admission.add([await shelf.save(planned(1, 0)), await shelf.save(planned(2, 1))])
+        lost = [True]
+
+        def lose(move: Move) -> bool:
+            return move.started_at is not None and move.id == "m1" and bool(lost) and lost.pop()
+
+        shelf.lose = lose
+        await office.run(120.0)
+
+        assert "m2" in office.launched
+        assert shelf.stored["m1"].status in TERMINAL or "m1" in office.launched
+
+
+@virtually
+async def test_losing_the_lead_in_the_middle_of_a_launch_is_no_crash() -> None:
+    """forget_all comes from the lease's task while admit waits for Redis; only what `_repeat` expects may rise."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+        office.admission.add([await shelf.save(planned(1))])
+
+        async def lose_the_lead(move: Move) -> None:
+            office.admission.forget_all()
+
+        shelf.before = lose_the_lead
+        try:
+            await office.admission.admit(("a", "b"))
+        except (TransientError, FerryError):
+            pass  # `Coordinator._repeat` logs these; a KeyError ends the process
+
+
+@virtually
+async def test_a_plan_that_is_just_being_written_is_not_taken_for_a_dead_leader_s() -> None:
+    """The reconciler runs beside the desk: moves stored, but not queued yet, are not orphans."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+
+        async def reconcile() -> None:
+            await office.reconciler.reconcile()
+
+        shelf.between = reconcile
+        plan = MigrationPlan(id="p1", reason="by hand", created_at=wall_clock(), started_at=wall_clock(), total=1)
+        office.admission.add(await shelf.create_plan(plan, [planned(1)], {}))
+        await office.run(5.0)
+
+        assert office.launched == ["m1"]
+
+
+# -- the source's own clock on a lock ----------------------------------------------------------------------------------
+@virtually
+async def test_s1_a_lock_seen_together_with_the_abort_before_it_is_aborted_too() -> None:
+    """A source that missed the abort and saw only the next lock still aborts a lock that nobody follows up."""
+    async with cluster("a", "b") as small:
+        request = await small.lock("m1", "b")
+        await small.step("pause", request)
+        node = small.nodes["a"]
+        node.cut()
+        await small.abort("m1")
+        await small.lock("m2", "b")
+        node.heal()
+
+        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
+        await asyncio.sleep(small.settings.pause_lease_s * 3)
+
+        assert (await small.map()).move is None
+
+
+# -- what a caller is told ---------------------------------------------------------------------------------------------
+@virtually
+async def test_a_command_in_doubt_at_the_old_owner_is_not_reported_as_surely_not_applied() -> None:
+    """Unavailable and Timeout say "was not applied"; what may have landed is InDoubt."""
+    async with cluster("a", "b", append_timeout_s=1.0) as small:
+        await small.send("k", "write", entry=1)
+        router = small.nodes["a"].node.router
+        small.disturb("drop_reply", "append", "=k")
+        sending = asyncio.create_task(
+            router.send_message(ActorId("ledger", "k"), "write", {"entry": 2}, timeout_s=6.0)
+        )
+        await until(small.disturbed)
+        await small.fail_over("b")
+        small.nodes["b"].cut()
+        with pytest.raises(FerryError) as caught:
+            await sending
+        assert [entry.sequence for entry in small.log("k")].__len__() == 2
+        assert not isinstance(caught.value, Timeout | Unavailable), caught.value
+
+
+# -- an actor's own mistakes -------------------------------------------------------------------------------------------
+class Fragile(Actor):
+    """Its constructor fails, for example because a file is missing on this machine."""
+
+    actor_type = "fragile"
+
+    def __init__(self) -> None:
+        raise RuntimeError("a mistake in the actor")
+
+    @command
+    def go(self) -> bool:
+        return True
+
+
+@virtually
+async def test_an_actor_that_cannot_be_constructed_does_not_end_the_node() -> None:
+    """A mistake of one actor class is answered to its caller; the other actors of the node go on."""
+    async with cluster() as small:
+        await small.add("a", classes=(Ledger, Fragile))
+        await small.assign("a")
+        await small.served_by("a")
+        with pytest.raises(FerryError):
+            await small.router.send_message(ActorId("fragile", "k"), "go", {}, timeout_s=3.0)
+
+        assert not small.nodes["a"].task.done()
+        assert await small.send("k", "write", entry=1) == 1
