@@ -21,7 +21,7 @@ check: lint types test ## everything CI could object to: lint, types, import dir
 up: $(STAMP) ## start a local cluster; Ctrl-C stops all of it
 	@$(RUN)/ferry up
 
-bench: $(STAMP) ## run every benchmark and write bench/results.json and the plots
+bench: $(STAMP) ## run every benchmark beside its floor and write bench/results.json
 	@$(RUN)/python -m bench all
 
 lint: $(STAMP) ## style, formatting and import directions
