@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from routing import control, shard_map
+from routing.address import ActorId
 from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
 from routing.directory import Directory
 from routing.errors import FerryError, NotApplicable, Unavailable
@@ -40,13 +41,29 @@ COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's an
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Captured:
-    """One actor as it stood when the gate was closed."""
+    """One actor as it stood when the gate was closed. Nothing here follows the live actor afterwards."""
 
-    live: LiveActor
+    actor_id: ActorId
+    schema: int
+    version: int
+    epoch: int
+    trail: tuple[int, ...]
+    answered: list[list[Any]]
     state: bytes
     digest: str
+
+    @classmethod
+    def of(cls, live: LiveActor) -> _Captured:
+        """Raises StateNotPortable when the state cannot be encoded."""
+        assert live.instance is not None
+        assert live.answered is not None
+        state = capture_state(live.instance)
+        return cls(
+            actor_id=live.actor_id, schema=live.instance.schema_version, version=live.version, epoch=live.epoch,
+            trail=live.trail, answered=live.answered.to_document(), state=state, digest=digest_of(state),
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -54,11 +71,12 @@ class _Outgoing:
     """What a paused source has prepared for one move."""
 
     move: str
-    captured: list[_Captured] = field(default_factory=list)
+    captured: list[_Captured] | None = None
     rows: list[ManifestRow] | None = None
     payloads: list[bytes] = field(default_factory=list)
     sent: bool = False
     acknowledged: bool = False
+    capturing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice captures once
 
 
 class Handover:
@@ -100,36 +118,43 @@ class Handover:
         Raises StateNotPortable naming the actor whose state cannot be encoded.
         """
         unit, outgoing = self._paused(request)
-        if not outgoing.captured:
-            await unit.quiet(self._settings.drain_handlers_s)
-            captured = []
-            for live in list(unit.actors.values()):
-                if live.instance is None:
-                    continue  # its first message came with the gate: the log has all there is of it
-                await self._mailboxes.make_current(unit, live)
-                state = capture_state(live.instance)
-                captured.append(_Captured(live, state, digest_of(state)))
-            self._still_paused(unit, request)
-            outgoing.captured = captured
+        async with outgoing.capturing:
+            if outgoing.captured is None:
+                outgoing.captured = await self._capture_all(unit, request)
         rows = [
-            {"index": index, "actor_id": str(c.live.actor_id), "version": c.live.version, "digest": c.digest}
+            {"index": index, "actor_id": str(c.actor_id), "version": c.version, "digest": c.digest}
             for index, c in enumerate(outgoing.captured)
         ]
         return _page(rows, request.offset)
 
+    async def _capture_all(self, unit: Unit, request: StepRequest) -> list[_Captured]:
+        def still_alone() -> None:
+            self._still_paused(unit, request)
+
+        await unit.quiet(self._settings.drain_handlers_s)
+        still_alone()
+        captured = []
+        for live in list(unit.actors.values()):
+            if live.instance is None:
+                continue  # its first message came with the gate: the log has all there is of it
+            await self._mailboxes.make_current(unit, live, still_alone)
+            captured.append(_Captured.of(live))
+        return captured
+
     async def serialize(self, request: StepRequest) -> dict[str, Any]:
         """Turn captured state into bytes. Answers a page of rows with sizes. Raises PayloadTooLarge."""
         _, outgoing = self._paused(request)
+        if outgoing.captured is None:
+            raise NotApplicable(f"move {request.move} is not captured yet")
         if outgoing.rows is None:
             rows, payloads = [], []
             for index, captured in enumerate(outgoing.captured):
                 payload = self._portable(captured).encode()
-                live = captured.live
                 payloads.append(payload)
                 rows.append(
                     ManifestRow(
-                        index=index, actor_id=str(live.actor_id), version=live.version, digest=captured.digest,
-                        state_bytes=len(captured.state), transfer_bytes=len(payload),
+                        index=index, actor_id=str(captured.actor_id), version=captured.version,
+                        digest=captured.digest, state_bytes=len(captured.state), transfer_bytes=len(payload),
                     )
                 )  # fmt: skip
                 if index % 64 == 63:
@@ -141,16 +166,13 @@ class Handover:
         return _page(sizes, request.offset)
 
     def _portable(self, captured: _Captured) -> Portable:
-        live = captured.live
-        assert live.instance is not None
-        assert live.answered is not None
         frame = pack(
-            captured.state, schema=live.instance.schema_version, digest=captured.digest,
-            max_bytes=self._settings.max_state_bytes, actor=live.actor_id,
+            captured.state, schema=captured.schema, digest=captured.digest,
+            max_bytes=self._settings.max_state_bytes, actor=captured.actor_id,
         )  # fmt: skip
         return Portable(
-            actor_id=live.actor_id, version=live.version, epoch=live.epoch, trail=live.trail,
-            answered=live.answered.to_document(), frame=frame,
+            actor_id=captured.actor_id, version=captured.version, epoch=captured.epoch, trail=captured.trail,
+            answered=captured.answered, frame=frame,
         )  # fmt: skip
 
     async def send(self, request: StepRequest) -> dict[str, Any]:

@@ -57,8 +57,9 @@ class Host:
     def __init__(
         self, *, node_id: str, incarnation: str, link: Link, directory: Directory, subjects: Subjects,
         settings: Settings, mailboxes: Mailboxes, arrivals: Arrivals, spawn: Callable[[Coroutine[Any, Any, None]], Any],
-        clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
+        may_serve: Callable[[], bool], clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
+        self._may_serve = may_serve
         self.node_id, self.incarnation = node_id, incarnation
         self.units: dict[str, Unit] = {}
         self.counters: Counter[str] = Counter()
@@ -153,6 +154,9 @@ class Host:
     async def _opening(self, unit: Unit) -> None:
         """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
         while unit.state is UnitState.OPENING:
+            if not self._may_serve():  # an earlier life that wakes up must not take units back from its successor
+                await asyncio.sleep(OPEN_RETRY_S)
+                continue
             try:
                 entry = await self._directory.refresh(unit.name)
                 if unit.state is not UnitState.OPENING:
@@ -196,7 +200,8 @@ class Host:
 
     def _resume(self, unit: Unit, view: Ownership) -> None:
         log.info("unit resumes", unit=unit.name, epoch=view.epoch, waiting=len(unit.buffer))
-        unit.ownership, unit.pause, unit.locked_since_s, unit.state = view, None, None, UnitState.OPEN
+        unit.ownership, unit.pause, unit.state = view, None, UnitState.OPEN
+        unit.locked_since_s = self._clock() if view.move is not None else None  # the next move's, seen with this abort
         self._release(unit)
 
     def _reload(self, unit: Unit, view: Ownership) -> None:

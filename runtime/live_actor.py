@@ -50,7 +50,7 @@ class LiveActor:
     # -- standing at a version ---------------------------------------------------------------------------------------
     def restore(self, actor_class: type[Actor], history: History, *, window: int, max_state_bytes: int) -> None:
         """Become the state at the end of `history`. Raises StateNotPortable, PayloadTooLarge."""
-        instance, answered = actor_class(), AnsweredCommands(window)
+        instance, answered = new_instance(actor_class), AnsweredCommands(window)
         for _, record in history.records:
             if record.kind is Kind.SNAPSHOT:
                 assert record.frame is not None
@@ -127,6 +127,16 @@ class LiveActor:
             state, schema=self.instance.schema_version, digest=digest_of(state), max_bytes=max_state_bytes,
             actor=self.actor_id,
         )  # fmt: skip
+
+
+def new_instance(actor_class: type[Actor]) -> Actor:
+    """Raises StateNotPortable when the class's own `__init__` fails."""
+    try:
+        return actor_class()
+    except Exception as error:
+        raise errors.StateNotPortable(
+            f"{actor_class.__name__}() raised {type(error).__name__}: {error}; it must work without arguments"
+        ) from error
 
 
 def replay(instance: Actor, answered: AnsweredCommands, record: Record) -> None:

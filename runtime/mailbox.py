@@ -98,7 +98,11 @@ class Mailboxes:
             return
         while True:
             if unit.state is UnitState.DROPPED:
-                self._host.send_on(delivery)
+                if maybe_landed:  # the owner knows; the sender asks it again under the same id
+                    doubt = InDoubt(f"{command.name!r} may have been applied before {unit.name} moved on")
+                    self._answer(unit, delivery, Answer(error=doubt))
+                else:
+                    self._host.send_on(delivery)
                 return
             if not maybe_landed and self._host.expired(command):
                 self._host.counters["expired"] += 1
@@ -165,15 +169,20 @@ class Mailboxes:
             return answer
         return Answer(value=record.reply)
 
-    async def make_current(self, unit: Unit, live: LiveActor) -> None:
+    async def make_current(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None] = lambda: None) -> None:
         """Load, verify and claim as needed; afterwards the instance is the end of the log and ours to append to.
+
+        Only who has the actor to itself may call: its running mailbox, or a capture while the unit is paused. The
+        latter passes `still_alone`, which raises once the pause is over; it is asked after every wait, before anything
+        of the actor is changed.
 
         Raises _Fenced, Quarantined, StateNotPortable, UnknownActorType, and what reading and appending raise.
         """
         if live.unverified:
-            await self._verify(unit, live)
+            await self._verify(unit, live, still_alone)
         if live.dirty:
             history = await self._journal.load(live.actor_id)
+            still_alone()
             self._check(unit, live, history.version, history.epoch)
             live.restore(
                 self._classes.get(live.actor_id.actor_type), history, window=self._settings.dedup_window,
@@ -184,12 +193,14 @@ class Mailboxes:
             claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
             live.dirty = True
             version = await self._journal.append(live.actor_id, claim, after=live.version)
+            still_alone()
             live.dirty = False
             live.stored(claim, version)
 
-    async def _verify(self, unit: Unit, live: LiveActor) -> None:
+    async def _verify(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None]) -> None:
         """Compare an actor that came by a move with the end of its log: the log is the truth, the state a cache."""
         tail = await self._journal.tail(live.actor_id)
+        still_alone()
         version, record = tail if tail is not None else (0, None)
         standing = self._check(unit, live, version, record.epoch if record is not None else 0)
         live.dirty = standing is Standing.BEHIND

@@ -93,6 +93,7 @@ class Node:
         self.host = Host(
             node_id=self.id, incarnation=self.incarnation, link=self._link, directory=self._directory,
             subjects=subjects, settings=settings, mailboxes=mailboxes, arrivals=self._arrivals, spawn=self.spawn,
+            may_serve=lambda: self._lease.trusted,
             clock=self._clock, wall_clock=self._wall_clock,
         )  # fmt: skip
         self._handover = Handover(
@@ -147,9 +148,12 @@ class Node:
         """Give every unit away. True when nothing is left; False when nobody could take it, or time ran out."""
         await self._become(NodeState.DRAINING)
         deadline_s = self._clock() + self._settings.drain_timeout_s
+        led_at_s = self._clock()
         while self._owned() and self._clock() < deadline_s:
             others = [m for m in self._membership.alive().values() if m.id != self.id and m.takes_shards]
-            if not others or self._membership.leader is None:
+            if self._membership.leader is not None:
+                led_at_s = self._clock()
+            if not others or self._clock() - led_at_s > self._settings.leader_lease_s:  # a standby may take the lead
                 log.warning("stopping with units left: nobody takes them now", node=self.id, units=self._owned())
                 return False
             await asyncio.sleep(TICK_S / 2)
@@ -165,13 +169,13 @@ class Node:
         self._subscriptions = []
         running = [unit for unit in self.host.units.values() if unit.running]
         await asyncio.gather(*(unit.quiet(STOP_S) for unit in running), return_exceptions=True)
-        try:
-            await self._lease.release()
-        except TransientError as error:
-            log.warning("lease not released: it runs out by itself", error=str(error))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._lease.release()  # after the task that renews it has ended
+        except TransientError as error:
+            log.warning("lease not released: it runs out by itself", error=str(error))
         await self._transfer_link.close()
         await self._link.close()
         log.info("node stopped", node=self.id)

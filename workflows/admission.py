@@ -10,8 +10,9 @@ from dataclasses import replace
 import structlog
 
 from routing.directory import Directory, MapEntry
+from routing.errors import WrongSequence
 from workflows.context import StepContext
-from workflows.records import STEPS, Move
+from workflows.records import STEPS, TERMINAL, Move
 from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.admission")
@@ -78,11 +79,23 @@ class Admission:
         now = self._wall_clock()
         task_ids = {step: str(uuid.uuid4()) for step in STEPS}
         begun = replace(move, lock_revision=entry.revision, started_at=now, step_at=now, task_ids=task_ids)
-        stored = await self._store.save(begun)
-        del self.waiting[move.id]
+        try:
+            stored = await self._store.save(begun)
+        except WrongSequence:
+            await self._sort_anew(move)
+            return False
+        if self.waiting.pop(move.id, None) is None:
+            return False  # no longer leading: who leads now finds it begun, and drives it on
         self.running[move.id] = stored
         await self._launch(stored)
         return True
+
+    async def _sort_anew(self, move: Move) -> None:
+        """Its record is another than we thought: our own save had landed, or another leader was at it."""
+        latest = await self._store.move(move.id)
+        if self.waiting.pop(move.id, None) is None or latest is None or latest.status in TERMINAL:
+            return
+        (self.waiting if latest.started_at is None else self.running)[move.id] = latest
 
     async def launch_again(self, move: Move) -> None:
         """Send the chain from the step it waits for once more, under new task ids."""

@@ -26,7 +26,7 @@ from workflows.store import RecordStore
 
 T = TypeVar("T")
 
-CONNECT_S = 5.0
+SAVE_ATTEMPTS = 8  # a move has six steps, each of which saves once
 
 
 class StepContext:
@@ -107,13 +107,15 @@ class StepContext:
         return await self._end(move, status, error=error or move.error or "aborted: nobody drove it on in time")
 
     async def _end(self, move: Move, status: MigrationStatus, **changes: Any) -> Move:
-        try:
-            return await self.reached(move, status, **changes)
-        except WrongSequence:
-            current = await self.store.move(move.id)
-            if current is not None and current.status in TERMINAL:
-                return current
-            raise  # it has only advanced a step: the next try settles it
+        for _ in range(SAVE_ATTEMPTS):
+            try:
+                return await self.reached(move, status, **changes)
+            except WrongSequence:
+                current = await self.store.move(move.id)
+                if current is None or current.status in TERMINAL:
+                    return current or move
+                move = current  # it has only advanced a step meanwhile
+        raise Unavailable(f"record of move {move.id} changed {SAVE_ATTEMPTS} times while being ended: try again")
 
     async def _outcome(self, move: Move) -> Outcome:
         """How the map ended this move; a lock still held is aborted, and one still in flight is fenced off."""

@@ -25,7 +25,7 @@ from routing import control
 from routing.birth import found_or_join
 from routing.control import COORDINATOR
 from routing.directory import Directory, MapEntry
-from routing.errors import FerryError, InDoubt, NotApplicable, TransientError
+from routing.errors import FerryError, InDoubt, NotApplicable, TransientError, Unavailable
 from routing.lease import Lease, boottime_s
 from routing.link import Entry, Link, Message, Subscription
 from routing.membership import OBSERVER_MARGIN_S, Member, Membership
@@ -155,7 +155,10 @@ class Coordinator:
 
     # -- lease ---------------------------------------------------------------------------------------------------------
     async def _hold_lease(self) -> None:
+        stood_still = self.leading and not self._lease.trusted
         held = await self._lease.hold({"name": self.name})
+        if held and stood_still:
+            self._on_reconnect()  # NATS or this process stood still, and so perhaps did everybody's renewals
         if held and not self.leading:
             self._tell(f"coordinator {self.name} leads")
             control_subject = self._subjects.control(COORDINATOR, "*")
@@ -163,6 +166,7 @@ class Coordinator:
             # Nodes that start together with this leader get a moment to take their leases before they count as dead.
             self._hold_failover(2 * self._settings.debounce_s)
             self.plan_soon("new leader")
+            self._known = {member.id: member.state.value for member in self.membership.alive().values()}
             self.leading, self._inherited = True, False
         elif not held and self.leading:
             log.warning("no longer leading", name=self.name)
@@ -329,6 +333,8 @@ class Coordinator:
         verb = message.subject.rpartition(".")[2]
         result: dict[str, Any] | Exception
         try:
+            if not self._may_lead:
+                raise Unavailable(f"coordinator {self.name} is losing the lead: ask again in a moment")
             run: Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] = self._desk.verb(verb)
             result = await run(control.decode(message.payload))
         except FerryError as error:

@@ -98,6 +98,8 @@ class Desk:
         plan = await self._store.plan(str(asked.get("plan")))
         if plan is None:
             raise InvalidInput(f"plan {asked.get('plan')!r} is unknown: `ferry status` names the latest")
+        if plan.finished_at is not None:
+            raise NotApplicable(f"plan {plan.id} has ended already: nothing to cancel")
         await self._store.save_plan(replace(plan, cancelled=True))
         stopped = 0
         for move in await self._store.unfinished_moves():

@@ -22,6 +22,7 @@ log = structlog.get_logger("ferry.reconciler")
 
 EVERY_S = 1.0
 STUCK_S = 6.0  # without advance before a step is sent again: more than a step's timeout, less than the pause lease
+ORPHAN_S = 30.0  # a plan that is just being written must not be taken for a dead leader's
 LAG_S = 2.0  # how long a record may lag behind the map before the reconciler writes it
 RELAUNCHES = 2  # then a move that does not advance is ended
 
@@ -53,7 +54,8 @@ class Reconciler:
 
     async def _look_at(self, move: Move) -> None:
         if move.started_at is None:
-            await self._context.settle(move.id, error="its plan was never completed: the leader died")
+            if self._wall_clock() - move.created_at > ORPHAN_S:
+                await self._context.settle(move.id, error="its plan was never completed: the leader died")
             return
         idle_s = self._wall_clock() - (move.step_at or move.started_at)
         entry = self._directory.get(move.unit)
