@@ -39,13 +39,12 @@ def document(name: str, results: Sequence[Result]) -> dict[str, Any]:
     return {"name": name, "machine": machine, "results": rows}
 
 
-def table(name: str, results: Sequence[Result]) -> str:
-    lines = [f"{name:<34}{'value':>12}{'floor':>12}{'ratio':>8}{'p50':>10}{'p99':>10}  unit ({os.cpu_count()} cores)"]
-    for result in results:
-        cells = [_cell(x) for x in (result.value, result.floor, result.ratio, result.p50, result.p99)]
-        lines.append(
-            f"  {result.case:<32}{cells[0]:>12}{cells[1]:>12}{cells[2]:>8}{cells[3]:>10}{cells[4]:>10}  {result.unit}"
-        )
+def table(found: dict[str, Any]) -> str:
+    """A document for people."""
+    lines = [f"{found['name']:<34}{'value':>12}{'floor':>12}{'ratio':>8}{'p50':>10}{'p99':>10}  unit"]
+    for row in found["results"]:
+        value, floor, ratio, p50, p99 = (_cell(row[name]) for name in ("value", "floor", "ratio", "p50", "p99"))
+        lines.append(f"  {row['case']:<32}{value:>12}{floor:>12}{ratio:>8}{p50:>10}{p99:>10}  {row['unit']}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,8 @@ from runtime.memory import AnsweredCommands
 
 log = structlog.get_logger("ferry.actor")
 
+CHECKED_BYTES = 16 * 1024  # encoding so much takes some tens of microseconds, an append hundreds
+
 
 class LiveActor:
     """An actor in memory.
@@ -92,6 +94,7 @@ class LiveActor:
         self.dirty = True
         try:
             reply = await actors.run(self.instance, handler, command.arguments, events)
+            self._check_state(events)
         except Exception as error:
             clean = isinstance(error, Rejected) and not events and self.instance._spoiled is None
             self.dirty = not clean
@@ -99,6 +102,16 @@ class LiveActor:
             return Record(kind=Kind.REJECTION, error=errors.to_wire(refusal), **common)
         self.dirty = False
         return Record(kind=Kind.COMMAND, events=events, reply=reply, **common)
+
+    def _check_state(self, events: list[list[Any]]) -> None:
+        """Refuse a command that leaves a state which could not be captured later, as long as looking is cheap.
+
+        Raises StateNotPortable. A large state, or one with a `capture()` of its own, is checked when it is next
+        snapshotted or moved.
+        """
+        assert self.instance is not None
+        if events and self.state_bytes <= CHECKED_BYTES and not hasattr(self.instance, "capture"):
+            self.state_bytes = len(capture_state(self.instance))
 
     async def ask(self, handler: Handler, command: Command) -> Answer:
         """Run a query. Sets `dirty` when it failed: nothing vouches for the instance then."""

@@ -20,13 +20,27 @@ class Assignment:
     def __init__(self, directory: Directory, placement: ConsistentHashPlacement) -> None:
         self._directory, self._placement = directory, placement
 
+    def takers(self, alive: Mapping[str, Member]) -> list[NodeWeight]:
+        """The nodes that may receive shards: up, and with every actor type that all nodes with shards have.
+
+        So a node started with other actor classes does not take traffic down, and one with more of them can join.
+        """
+        owners = {entry.ownership.owner for entry in self._directory.entries().values()}
+        serving = [set(alive[owner].types) for owner in owners if owner in alive]
+        needed = set.intersection(*serving) if serving else set()
+        return [
+            NodeWeight(id=member.id, weight=member.weight)
+            for member in alive.values()
+            if member.takes_shards and needed <= set(member.types)
+        ]
+
     def unassigned(self) -> list[int]:
         """Shards that nobody ever owned."""
         return [n for n in range(self._directory.shards_total) if self._directory.get(shard_key(n)) is None]
 
     async def assign(self, alive: Mapping[str, Member]) -> str | None:
         """ASSIGN what nobody ever owned, balanced over the nodes that take shards. Returns what it did, in words."""
-        takers, unassigned = takers_of(alive), self.unassigned()
+        takers, unassigned = self.takers(alive), self.unassigned()
         if not unassigned or not takers:
             return None
         owners = self._balanced(without=set(), takers=takers)
@@ -41,7 +55,7 @@ class Assignment:
         orphans = {
             unit: entry for unit, entry in self._directory.entries().items() if entry.ownership.owner not in alive
         }
-        takers = takers_of(alive)
+        takers = self.takers(alive)
         if not orphans or not takers:
             return None
         dead = {entry.ownership.owner for entry in orphans.values()}
@@ -72,10 +86,6 @@ class Assignment:
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, (TransientError, InDoubt)):
                 raise result
-
-
-def takers_of(alive: Mapping[str, Member]) -> list[NodeWeight]:
-    return [NodeWeight(id=member.id, weight=member.weight) for member in alive.values() if member.takes_shards]
 
 
 def shard_in(unit: str) -> int:

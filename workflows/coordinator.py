@@ -34,7 +34,7 @@ from routing.settings import Settings
 from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, kv_stream, kv_subject
 from workflows import planner, reconciler
 from workflows.admission import Admission
-from workflows.assignment import Assignment, shard_in, takers_of
+from workflows.assignment import Assignment, shard_in
 from workflows.context import StepContext
 from workflows.desk import Desk
 from workflows.reconciler import Reconciler
@@ -234,7 +234,7 @@ class Coordinator:
         await self.admission.drop_waiting("superseded: a newer plan decides")
         if self.admission.running or self._assignment.unassigned():
             return  # a few moves, each some milliseconds: plan on what they leave behind
-        if takers_of(self.membership.alive()):
+        if self.takers():
             request = await self.make_plan(self._reason)
             if request.moves:
                 await self.handle_rebalance_request(request)
@@ -253,14 +253,18 @@ class Coordinator:
 
     async def make_plan(self, reason: str) -> RebalanceRequest:
         """What a rebalance would move now, and why. Raises InvalidInput when no node could receive anything."""
-        alive = self.membership.alive()
+        alive, takers = self.membership.alive(), self.takers()
         return planner.plan_rebalance(
             {shard_in(unit): entry.ownership for unit, entry in self.directory.entries().items()},
-            [planner.NodeState(id=m.id, weight=m.weight, draining=not m.takes_shards) for m in alive.values()],
+            [planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers) for m in alive.values()],
             await self.inventories(alive),
             plan_id=self.new_plan_id(), reason=reason, shards_total=self.directory.shards_total,
             placement=self._placement,
         )  # fmt: skip
+
+    def takers(self) -> set[str]:
+        """The nodes that may receive shards now."""
+        return {node.id for node in self._assignment.takers(self.membership.alive())}
 
     def new_plan_id(self) -> str:
         return f"p{uuid.uuid4().hex[:12]}"

@@ -76,6 +76,8 @@ class Desk:
             raise InvalidInput(f"node {destination!r} is unknown: nodes are {', '.join(alive) or 'none'}")
         if not alive[destination].takes_shards:
             raise NotApplicable(f"node {destination} is {alive[destination].state}: it takes no shards")
+        if destination not in self._coordinator.takers():
+            raise NotApplicable(f"node {destination} lacks actor types of the nodes with shards: see `ferry status`")
         entry = await directory.refresh(shard_key(shard))
         if entry is None:
             raise Unavailable(f"shard/{shard} has no owner yet: try again in a moment")

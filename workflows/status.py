@@ -107,7 +107,8 @@ def problems(status: Status) -> list[str]:
         found.append("no coordinator leads, so nothing is assigned or moved: start one with `ferry coordinator`")
     if not any(member.takes_shards for member in status.members.values()):
         found.append("no node is up that takes shards: start one with `ferry node --id ID --actors MODULE`")
-    return [*found, *_ownership_problems(status), *_node_problems(status), *_lock_problems(status)]
+    found += [*_ownership_problems(status), *_node_problems(status), *_type_problems(status)]
+    return [*found, *_lock_problems(status), *_plan_problems(status)]
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -249,6 +250,28 @@ def _node_problems(status: Status) -> list[str]:
         if forgotten:
             found.append(f"at node {node} {_units(forgotten)} been paused without a lock: this ends within seconds")
     return found
+
+
+def _type_problems(status: Status) -> list[str]:
+    """A command reaches the node of its shard, whether that has the actor's class or not."""
+    known = {actor_type for member in status.members.values() for actor_type in member.types}
+    return [
+        f"node {node} lacks actor types {', '.join(sorted(known - set(member.types)))}, which other nodes have:"
+        " commands for them fail where it owns the shard; start it with the same --actors"
+        for node, member in sorted(status.members.items())
+        if known - set(member.types)
+    ]
+
+
+def _plan_problems(status: Status) -> list[str]:
+    """What the coordinator planned and could not carry out; who moved a shard by hand was told at once."""
+    plan = status.plan
+    if plan is None or plan.cancelled or not plan.failed or plan.reason.endswith("by hand"):
+        return []
+    return [
+        f"{plan.failed} of {plan.total} moves of the last plan did not complete:"
+        f" see `ferry migrations --plan {plan.id} --status rolled_back`"
+    ]
 
 
 def _lock_problems(status: Status) -> list[str]:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.address import ActorId
+from routing.envelope import Command
 from routing.errors import (
     FerryError,
     HandlerFailed,
@@ -23,7 +25,7 @@ from routing.errors import (
 from runtime.actor import Actor, ActorClasses, command, event, query, run
 from runtime.codec import capture_state
 from runtime.journal import Kind, Record
-from runtime.live_actor import replay
+from runtime.live_actor import LiveActor, replay
 from runtime.memory import AnsweredCommands
 from tests.unit.virtual_time import run_virtually
 
@@ -510,3 +512,33 @@ async def test_a_command_that_hides_the_failure_of_its_event_is_refused() -> Non
     # when the command swallows what its event raised, then it fails all the same
     with pytest.raises(HandlerFailed, match="went on after one of its events"):
         await run(Careless(), Careless.handlers["step"], {}, [])
+
+
+async def test_a_command_that_leaves_a_state_no_node_could_take_over_is_refused() -> None:
+    """Said at once and to whoever sent it, instead of blocking the shard's next move."""
+
+    class Cart(Actor):
+        actor_type = "cart"
+
+        def __init__(self) -> None:
+            self.items: dict[Any, int] = {}
+
+        @command
+        def add(self, *, sku: Any) -> int:
+            self.emit("added", sku=sku)
+            return len(self.items)
+
+        @event
+        def added(self, sku: Any) -> None:
+            self.items[sku] = 1
+
+    live = LiveActor(ActorId("cart", "q"), used_at_s=0.0)
+    live.stand_at(Cart(), AnsweredCommands(8), version=0, epoch=0, trail=())
+    wrong = Command(actor=live.actor_id, name="add", arguments={"sku": 5}, message_id="m", expires_ms=0)
+
+    record = await live.evaluate(Cart.handlers["add"], wrong, epoch=1, incarnation="i")
+
+    assert record.kind is Kind.REJECTION
+    assert record.error is not None
+    assert "items" in record.error["message"]
+    assert live.dirty

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from routing.errors import InvalidInput
 from workflows.local.claim import Claim
@@ -111,6 +113,7 @@ def node_name(index: int) -> str:
 def _run(lines: dict[str, str], env: dict[str, str]) -> int:
     # Imported here: honcho is needed for nothing else, and this module by every `ferry` command.
     import honcho.manager
+    import honcho.printer
 
     class PatientManager(honcho.manager.Manager):
         """honcho's, but a signal that comes before every line has started is obeyed once they have.
@@ -132,12 +135,40 @@ def _run(lines: dict[str, str], env: dict[str, str]) -> int:
             return started
 
     honcho.manager.KILL_WAIT = _KILL_AFTER_S
-    manager = PatientManager()
+    manager = PatientManager(honcho.printer.Printer(output=_Reader(sys.stdout)))
     for name, command in lines.items():
         manager.add_process(name, command, env=env)
     manager.loop()
     stopped_on_request = manager.returncode in {signal["rc"] for signal in honcho.manager.SIGNALS.values()}
     return 0 if stopped_on_request or not manager.returncode else 1
+
+
+class _Reader:
+    """Standard output whose reader may go away: Ctrl-C also ends the `tee` behind a pipe while we have yet to stop."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        self._unless_gone(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+    def _unless_gone(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def _port_near(usual: int) -> int:
