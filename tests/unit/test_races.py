@@ -1,4 +1,4 @@
-"""Scenes from a review: each states a promise of the protocol and shows where the code breaks it."""
+"""Races that once broke a promise of the protocol, each as a scene that states the promise."""
 
 from __future__ import annotations
 
