@@ -144,12 +144,10 @@ class Host:
     def _start_opening(self, name: str) -> Unit:
         unit = self.units.get(name)
         if unit is None:
-            unit = self.units[name] = Unit(name, self._buffer())
+            buffer = Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
+            unit = self.units[name] = Unit(name, buffer)
             self._spawn(self._opening(unit))
         return unit
-
-    def _buffer(self) -> Buffer:
-        return Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
 
     async def _opening(self, unit: Unit) -> None:
         """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
@@ -214,12 +212,12 @@ class Host:
         command to the new one.
         """
         log.warning("unit may have had another owner in between: begun anew", unit=held.name, epoch=view.epoch)
-        unit = Unit(held.name, self._buffer())
-        unit.fence = view.epoch
-        unit.buffer.put_first([*held.take_queued(), *held.buffer.take_all()])
+        waiting = [*held.take_queued(), *held.buffer.take_all()]
         held.drop()
-        self.units[held.name] = unit
-        self._spawn(self._opening(unit))
+        del self.units[held.name]
+        unit = self._start_opening(held.name)
+        unit.fence = view.epoch
+        unit.buffer.put_first(waiting)
         return unit
 
     def _release(self, unit: Unit) -> None:

@@ -100,7 +100,7 @@ class Coordinator:
         self._desk = Desk(self, link=self._link, subjects=subjects, store=self._store, context=context)
         self.directory.on_change(self._on_map)
         self.membership.on_change(lambda: self.plan_soon("membership changed"))
-        self._link.on_reconnect(self._on_reconnect)
+        self._link.on_reconnect(self._await_renewals)
         await self.directory.start()
         await self.membership.start()
         stream, subject = kv_stream(subjects.map_bucket), kv_subject(subjects.map_bucket, SUSPENDED_KEY)
@@ -158,7 +158,7 @@ class Coordinator:
         stood_still = self.leading and not self._lease.trusted
         held = await self._lease.hold({"name": self.name})
         if held and stood_still:
-            self._on_reconnect()  # NATS or this process stood still, and so perhaps did everybody's renewals
+            self._await_renewals()  # NATS or this process stood still, and so perhaps did everybody's renewals
         if held and not self.leading:
             self._tell(f"coordinator {self.name} leads")
             control_subject = self._subjects.control(COORDINATOR, "*")
@@ -198,7 +198,7 @@ class Coordinator:
                 self._tell(f"node {node} {'left' if state is None else 'is ' + state}")
         self._known = now
 
-    def _on_reconnect(self) -> None:
+    def _await_renewals(self) -> None:
         """While NATS was away nobody could renew: give every node its chance before calling it dead."""
         self._hold_failover(self._settings.node_lease_s + OBSERVER_MARGIN_S)
 

@@ -45,43 +45,48 @@ class HeldLink:
         return await self._link.last(stream, subject, timeout_s=timeout_s)
 
 
+async def command_during_a_late_capture(small: SmallCluster) -> Any:
+    """An aborted move's capture is still reading while an actor of its shard runs a command; the command's answer."""
+    links: list[HeldLink] = []
+
+    def wrap(link: MemoryLink) -> Any:
+        links.append(HeldLink(link))
+        return links[-1]
+
+    await small.add("a", wrap=wrap)
+    await small.add("b")
+    await small.assign("a")
+    await small.served_by("a")
+    # given an actor that capture has to load again (its handler failed), and one behind it in the shard
+    await small.send("first", "touch")
+    await small.send("second", "write", entry=1)
+    with pytest.raises(HandlerFailed):
+        await small.send("first", "write_and_fail", entry=0)
+    request = await small.lock("m1", "b")
+    await small.step("pause", request)
+    links[0].held = "=first"
+    capture = asyncio.create_task(small.step("capture", request))
+    await links[0].waiting.wait()
+
+    # when the move is aborted meanwhile, and the second actor is just running a command when capture gets to it
+    Ledger.open_gate = asyncio.Event()
+    await small.abort("m1")
+    await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
+    writing = asyncio.create_task(small.send("second", "write_slowly", entry=2))
+    await until(lambda: Ledger.entered == 1)
+    links[0].held = ""
+    links[0].let_go.set()
+    with pytest.raises(FerryError):
+        await capture
+    Ledger.open_gate.set()
+    return await writing
+
+
 @virtually
 async def test_a_capture_that_outlives_its_pause_does_not_touch_actors_in_use() -> None:
     """A command that was acknowledged is seen by every later query and command, whatever a late capture does."""
     async with cluster() as small:
-        links: list[HeldLink] = []
-
-        def wrap(link: MemoryLink) -> Any:
-            links.append(HeldLink(link))
-            return links[-1]
-
-        await small.add("a", wrap=wrap)
-        await small.add("b")
-        await small.assign("a")
-        await small.served_by("a")
-        # given an actor that capture has to load again (its handler failed), and one behind it in the shard
-        await small.send("first", "touch")
-        await small.send("second", "write", entry=1)
-        with pytest.raises(HandlerFailed):
-            await small.send("first", "write_and_fail", entry=0)
-        request = await small.lock("m1", "b")
-        await small.step("pause", request)
-        links[0].held = "=first"
-        capture = asyncio.create_task(small.step("capture", request))
-        await links[0].waiting.wait()
-
-        # when the move is aborted meanwhile, and the second actor is just running a command when capture gets to it
-        Ledger.open_gate = asyncio.Event()
-        await small.abort("m1")
-        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
-        writing = asyncio.create_task(small.send("second", "write_slowly", entry=2))
-        await until(lambda: Ledger.entered == 1)
-        links[0].held = ""
-        links[0].let_go.set()
-        with pytest.raises(FerryError):
-            await capture
-        Ledger.open_gate.set()
-        acknowledged = await writing
+        acknowledged = await command_during_a_late_capture(small)
 
         # then what was acknowledged is there
         assert acknowledged == 2
@@ -92,36 +97,7 @@ async def test_a_capture_that_outlives_its_pause_does_not_touch_actors_in_use() 
 async def test_what_a_late_capture_lost_is_not_written_into_a_snapshot() -> None:
     """No acknowledged command is lost: not even when the actor rolls its log up and is activated elsewhere."""
     async with cluster(snapshot_every=4) as small:
-        links: list[HeldLink] = []
-
-        def wrap(link: MemoryLink) -> Any:
-            links.append(HeldLink(link))
-            return links[-1]
-
-        await small.add("a", wrap=wrap)
-        await small.add("b")
-        await small.assign("a")
-        await small.served_by("a")
-        await small.send("first", "touch")
-        await small.send("second", "write", entry=1)
-        with pytest.raises(HandlerFailed):
-            await small.send("first", "write_and_fail", entry=0)
-        request = await small.lock("m1", "b")
-        await small.step("pause", request)
-        links[0].held = "=first"
-        capture = asyncio.create_task(small.step("capture", request))
-        await links[0].waiting.wait()
-        Ledger.open_gate = asyncio.Event()
-        await small.abort("m1")
-        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
-        writing = asyncio.create_task(small.send("second", "write_slowly", entry=2))
-        await until(lambda: Ledger.entered == 1)
-        links[0].held = ""
-        links[0].let_go.set()
-        with pytest.raises(FerryError):
-            await capture
-        Ledger.open_gate.set()
-        await writing
+        await command_during_a_late_capture(small)
 
         for entry in (3, 4, 5, 6):
             await small.send("second", "write", entry=entry)
