@@ -76,3 +76,53 @@ def compare(*, held_version: int, held_epoch: int, tail_version: int, tail_epoch
 def applies(view: Ownership, *, move: str, epoch: int, node: str, incarnation: str) -> bool:
     """Whether a step of `move`, planned at `epoch`, may still act on this source."""
     return view.move == move and view.epoch == epoch and view.owner == node and view.incarnation == incarnation
+
+
+def must_claim(*, tail_epoch: int, fence: int) -> bool:
+    """Whether an actor whose log ends at `tail_epoch` (0: no log) must be claimed before it serves anything.
+
+    `fence` is the epoch of the latest change that an earlier owner took no part in: it may still be appending below.
+    """
+    return tail_epoch < fence
+
+
+def overdue(
+    *, now_s: float, lease_s: float, paused: tuple[str, float] | None, locked: tuple[str, float] | None
+) -> str | None:
+    """The move that a source has to abort by itself, if any, because nobody drives it on.
+
+    `paused` is (move, end of its pause lease); `locked` is (move, since when its lock is known here) while no pause
+    has followed the lock. Times are seconds on the node's clock.
+    """
+    if paused is not None:
+        move, until_s = paused
+        return move if now_s > until_s else None
+    if locked is not None:
+        move, since_s = locked
+        return move if now_s - since_s > lease_s else None
+    return None
+
+
+class Admission(StrEnum):
+    """What a numbered command of a sender session is to an actor."""
+
+    NEXT = "next"  # exactly the number after the last one: decide it
+    SEEN = "seen"  # decided before: the same reply again
+    GAP = "gap"  # an earlier one is missing: the sender goes back to it
+    EXPIRED = "expired"  # of a session that may have been forgotten here: never decide it a second time
+
+
+def admit(number: int, *, last: int | None, opened: int, floor: int) -> Admission:
+    """Judge command `number` of a session that was opened at `opened`.
+
+    `last` is the latest number this actor has decided for the session, None when it knows no such session. `floor` is
+    the highest `opened` of all sessions the actor has forgotten: an unknown one at or below may be one of those. Both
+    derive from the log, so the verdict holds only at its end.
+    """
+    if last is None:
+        if opened <= floor:
+            return Admission.EXPIRED
+        last = 0
+    if number <= last:
+        return Admission.SEEN
+    return Admission.NEXT if number == last + 1 else Admission.GAP
