@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import xxhash
 
 from routing.errors import InvalidInput
+from routing.jsonlike import shown
 
 NodeId = str
 
@@ -31,23 +32,23 @@ class ActorId:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.actor_type):
             raise InvalidInput(
-                f"actor type {self.actor_type!r} is malformed: use lower-case letters, digits and _, e.g. aircraft"
+                f"actor type {shown(self.actor_type)} is malformed: use lower-case letters, digits and _, e.g. aircraft"
             )
         try:
             size = len(self.key.encode())
         except UnicodeEncodeError as error:
-            raise InvalidInput(f"actor key {self.key!r} is not valid text: use UTF-8") from error
+            raise InvalidInput(f"actor key {shown(self.key)} is not valid text: use UTF-8") from error
         if not 1 <= size <= MAX_KEY_BYTES:
             raise InvalidInput(f"actor key of {size} bytes: use 1 to {MAX_KEY_BYTES} bytes after {self.actor_type}/")
         if any(ord(character) < 32 or ord(character) == 127 for character in self.key):
-            raise InvalidInput(f"actor key {self.key!r} has control characters: remove them")
+            raise InvalidInput(f"actor key {shown(self.key)} has control characters: remove them")
 
     @classmethod
     def parse(cls, text: str) -> ActorId:
         """Read `type/key`. Raises InvalidInput, naming the form, for anything else."""
         actor_type, slash, key = text.partition("/")
         if not slash:
-            raise InvalidInput(f"actor {text!r} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
+            raise InvalidInput(f"actor {shown(text)} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
         return cls(actor_type, key)
 
     @classmethod
@@ -55,11 +56,11 @@ class ActorId:
         """The inverse of `token`. Raises InvalidInput when the token was not made by `token`."""
         actor_type, equals, escaped = token.partition("=")
         if not equals:
-            raise InvalidInput(f"subject token {token!r} names no actor")
+            raise InvalidInput(f"subject token {shown(token)} names no actor")
         try:
             key = re.sub(rb"=([0-9A-F]{2})", lambda m: bytes([int(m[1], 16)]), escaped.encode()).decode()
         except UnicodeDecodeError as error:
-            raise InvalidInput(f"subject token {token!r} names no actor") from error
+            raise InvalidInput(f"subject token {shown(token)} names no actor") from error
         return cls(actor_type, key)
 
     @property
@@ -79,5 +80,5 @@ def shard_of(actor: ActorId, shards_total: int) -> int:
 def check_node_id(text: str) -> NodeId:
     """Return `text` if it can name a node. Raises InvalidInput otherwise."""
     if not _NODE.fullmatch(text):
-        raise InvalidInput(f"node id {text!r} is malformed: use 1 to 63 letters, digits, - and _")
+        raise InvalidInput(f"node id {shown(text)} is malformed: use 1 to 63 letters, digits, - and _")
     return text

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
 import orjson
+import structlog
 
-from routing.errors import Incompatible, InDoubt, Unavailable, WrongSequence
+from routing.errors import Incompatible, InDoubt, Timeout, Unavailable, WrongSequence
+from routing.jsonlike import shown
 from routing.link import Link, StreamSpec
-from routing.settings import Settings
+from routing.settings import MAX_LOGS, MAX_SHARDS, Settings
 from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
+
+log = structlog.get_logger("ferry.birth")
 
 WIRE_VERSION = 1
 TIMEOUT_S = 10.0  # creating a replicated stream may take an election
+ELECTION_S = 10.0  # of a stream's first leader
+RETRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +33,23 @@ class Birth:
 async def found_or_join(link: Link, settings: Settings) -> Birth:
     """Create what is missing, then read what the cluster was born with.
 
-    Raises Incompatible when the cluster was born otherwise than `settings` say, or speaks another wire version.
+    Tried again for ELECTION_S: where several start at once, the replicas of a stream that another has just made may
+    not have elected their leader yet. Raises Unavailable, Timeout after that; Incompatible when the cluster was born
+    otherwise than `settings` say, or speaks another wire version.
     """
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + ELECTION_S
+    while True:
+        try:
+            return await _found_or_join(link, settings)
+        except (Unavailable, Timeout) as error:
+            if loop.time() >= deadline_s:
+                raise
+            log.info("cluster not joined yet", cluster=settings.cluster, error=str(error))
+        await asyncio.sleep(RETRY_S)
+
+
+async def _found_or_join(link: Link, settings: Settings) -> Birth:
     subjects = settings.subjects
     wanted = Birth(shards=settings.shards, logs=settings.logs, wire=WIRE_VERSION)
     map_stream = StreamSpec(
@@ -63,14 +85,25 @@ async def read_birth(link: Link, subjects: Subjects) -> Birth:
     stored = await link.last(kv_stream(subjects.map_bucket), subject, timeout_s=TIMEOUT_S)
     if stored is None:
         raise Unavailable(f"no cluster named {subjects.cluster!r} here: start a node first, or check FERRY_CLUSTER")
+    return decode_birth(stored.payload, subjects.cluster)
+
+
+def decode_birth(payload: bytes, cluster: str) -> Birth:
+    """Raises Incompatible for another wire version, and for what no Ferry wrote."""
     try:
-        document = orjson.loads(stored.payload)
-        born = Birth(shards=int(document["shards"]), logs=int(document["logs"]), wire=int(document["wire"]))
+        document = orjson.loads(payload)
+        born = Birth(shards=document["shards"], logs=document["logs"], wire=document["wire"])
+        if any(type(value) is not int for value in (born.shards, born.logs, born.wire)):
+            raise TypeError("expected three whole numbers")
     except (ValueError, KeyError, TypeError) as error:
-        raise Incompatible(f"cluster {subjects.cluster} has an unreadable birth document: {error}") from error
+        raise Incompatible(f"cluster {cluster} has an unreadable birth document: {shown(error)}") from error
     if born.wire != WIRE_VERSION:
         raise Incompatible(
-            f"cluster {subjects.cluster} speaks wire version {born.wire}, this is {WIRE_VERSION}:"
+            f"cluster {cluster} speaks wire version {born.wire}, this is {WIRE_VERSION}:"
             " install the matching actor-ferry"
+        )
+    if not 1 <= born.shards <= MAX_SHARDS or not 1 <= born.logs <= MAX_LOGS:
+        raise Incompatible(
+            f"cluster {cluster} was born with {born.shards} shards and {born.logs} logs: nobody can serve that"
         )
     return born

@@ -3,6 +3,12 @@
 async with Cluster.connect("nats://127.0.0.1:4222", cluster="default") as cluster:
     plane = cluster.actor("aircraft", "N14228")
     flights = await plane.fly(distance=1400)
+
+    session = cluster.session()  # several commands on their way, applied in the order of the calls
+    first, second = await asyncio.gather(
+        session.send_message("aircraft/N14228", "fly", {"distance": 720}),
+        session.send_message("aircraft/N14228", "fly", {"distance": 1065}),
+    )
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +28,8 @@ from routing.directory import Directory
 from routing.errors import Unavailable
 from routing.link import Link
 from routing.router import DEFAULT_TIMEOUT_S, Router
+from routing.session import Session
+from routing.session_id import new_session_id
 from routing.settings import DEFAULT_NATS_URL
 from routing.subjects import Subjects
 
@@ -72,13 +81,26 @@ class Cluster:
         """A handle whose methods are the actor's commands and queries. Raises InvalidInput for a malformed id."""
         return ActorHandle(self, ActorId(actor_type, key))
 
+    def session(self) -> Session:
+        """A new sender session: its commands to one actor are applied in the order of the calls (routing/session.py).
+
+        Without one, only a caller that awaits each reply before it sends the next has its order kept.
+        """
+        return Session(new_session_id(int(time.time() * 1000)), self._open)
+
     async def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
-        message_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S,
+        message_id: str | None = None, linearizable: bool = False, timeout: float = DEFAULT_TIMEOUT_S,
     ) -> Any:  # fmt: skip
-        """Send one command or query; returns the reply. `timeout` in seconds. Errors: see Router.send_message."""
+        """Send one command or query; returns the reply. `timeout` in seconds. Errors: see Router.send_message.
+
+        A `linearizable` query sees everything that was acknowledged before it was sent, at the price of a read of the
+        log; without, an owner that was just replaced may answer from what it knew up to its lease's margin.
+        """
         target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
-        return await self._open().send_message(target, command, arguments, message_id=message_id, timeout_s=timeout)
+        return await self._open().send_message(
+            target, command, arguments, message_id=message_id, linearizable=linearizable, timeout_s=timeout
+        )
 
     async def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
         """The node that owns the actor now (read from the map's leader), or None while nobody does."""
@@ -151,10 +173,14 @@ class SyncCluster:
 
     def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
-        message_id: str | None = None, timeout: float = DEFAULT_TIMEOUT_S,
+        message_id: str | None = None, linearizable: bool = False, timeout: float = DEFAULT_TIMEOUT_S,
     ) -> Any:  # fmt: skip
         """As Cluster.send_message, blocking the calling thread for at most `timeout` seconds."""
-        return self._run(self._cluster.send_message(actor, command, arguments, message_id=message_id, timeout=timeout))
+        return self._run(
+            self._cluster.send_message(
+                actor, command, arguments, message_id=message_id, linearizable=linearizable, timeout=timeout
+            )
+        )
 
     def get_actor_node(self, actor: str | ActorId) -> NodeId | None:
         node: NodeId | None = self._run(self._cluster.get_actor_node(actor))

@@ -11,13 +11,14 @@ from typing import Any
 import orjson
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate
 
-from routing import errors
+from routing import errors, jsonlike
 from routing.errors import InvalidInput
 from routing.link import Link
 from routing.subjects import Subjects
 
 COORDINATOR = "_coordinator"  # no node id begins with _, so the leader has a control subject of its own
 ROWS_PER_PAGE = 500  # a page of manifest or captured rows stays below 128 KiB, an eighth of NATS' default payload limit
+FAULTS_CHARACTERS = 1_000  # of a refusal: a page of rows can be wrong in thousands of ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +115,12 @@ def encode(message: Any) -> bytes:
 
 
 def decode(payload: bytes, schema: Schema | None = None) -> Any:
-    """Read a request; with a schema, validated and built. Raises InvalidInput naming every wrong field."""
+    """Read a request; with a schema, validated and built. Raises InvalidInput naming the wrong fields."""
     try:
-        document = orjson.loads(payload or b"{}")
+        document = jsonlike.loads(payload or b"{}")
         return schema.load(document) if schema is not None else _object(document)
     except ValidationError as error:
-        raise InvalidInput(f"malformed request: {error.messages}") from error
+        raise InvalidInput(f"malformed request: {jsonlike.shown(error.messages, FAULTS_CHARACTERS)}") from error
     except ValueError as error:
         raise InvalidInput(f"request is not JSON: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,8 +36,12 @@ class Directory:
     Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
     """
 
-    def __init__(self, link: Link, subjects: Subjects, *, shards_total: int, timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, link: Link, subjects: Subjects, *, shards_total: int, timeout_s: float = 2.0,
+        counters: Counter[str] | None = None,
+    ) -> None:  # fmt: skip
         self.shards_total = shards_total
+        self.counters: Counter[str] = Counter() if counters is None else counters
         self._link = link
         self._stream = kv_stream(subjects.map_bucket)
         self._bucket = subjects.map_bucket
@@ -124,6 +129,7 @@ class Directory:
         try:
             ownership = decode_ownership(stored.payload)
         except InvalidInput as error:
+            self.counters["malformed"] += 1
             log.error("map value ignored", unit=unit, error=str(error))
             return
         self._adopt(unit, MapEntry(ownership, stored.sequence))

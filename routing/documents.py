@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from routing import jsonlike
+from routing.address import check_node_id
 from routing.errors import InvalidInput
 from routing.shard_map import LastMove, Outcome, Ownership
 
@@ -28,20 +30,36 @@ def encode_ownership(ownership: Ownership) -> bytes:
 def decode_ownership(payload: bytes) -> Ownership:
     """Raises InvalidInput for anything that `encode_ownership` did not write."""
     try:
-        document: dict[str, Any] = orjson.loads(payload)
-        last = document["last"]
+        document: dict[str, Any] = jsonlike.loads(payload)
+        epoch, last, move, destination = (document[name] for name in ("epoch", "last", "move", "destination"))
+        if (move is None) != (destination is None) or (destination is not None and destination == document["owner"]):
+            raise InvalidInput("a lock names a move, and a destination that is not the owner")
         ownership = Ownership(
-            owner=document["owner"],
-            incarnation=document["incarnation"],
-            epoch=document["epoch"],
-            fence=document["fence"],
-            move=document["move"],
-            destination=document["destination"],
-            last=last and LastMove(move=last["move"], outcome=Outcome(last["outcome"]), epoch=last["epoch"]),
+            owner=check_node_id(_text(document["owner"])),
+            incarnation=None if document["incarnation"] is None else _text(document["incarnation"]),
+            epoch=_epoch(epoch, least=1),
+            fence=_epoch(document["fence"], most=epoch),
+            move=None if move is None else _text(move),
+            destination=None if destination is None else check_node_id(_text(destination)),
+            last=None if last is None else _last(last, epoch),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"map value {payload[:80]!r} is malformed: {error}") from error
-    texts = (ownership.owner, ownership.incarnation or "", ownership.move or "", ownership.destination or "")
-    if not all(isinstance(text, str) for text in texts) or not isinstance(ownership.epoch, int) or ownership.epoch < 1:
-        raise InvalidInput(f"map value {payload[:80]!r} is malformed: wrong types")
+    except (ValueError, KeyError, TypeError, InvalidInput) as error:
+        raise InvalidInput(f"map value {payload[:80]!r} is malformed: {jsonlike.shown(error, 200)}") from error
     return ownership
+
+
+def _last(document: dict[str, Any], epoch: int) -> LastMove:
+    outcome = Outcome(_text(document["outcome"]))
+    return LastMove(move=_text(document["move"]), outcome=outcome, epoch=_epoch(document["epoch"], least=1, most=epoch))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{jsonlike.shown(value)} is not a name")
+    return value
+
+
+def _epoch(value: Any, *, least: int = 0, most: int = 2**63) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidInput(f"{jsonlike.shown(value)} is not an epoch from {least} to {most}")
+    return value

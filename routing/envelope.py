@@ -8,11 +8,13 @@ from typing import Any
 import orjson
 
 from routing import errors, jsonlike
-from routing.address import ActorId
+from routing.address import ActorId, check_node_id
 from routing.errors import FerryError, InvalidInput, Moved, PayloadTooLarge
+from routing.session_id import opened_at
 
 MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
 MAX_MESSAGE_ID_BYTES = 128
+MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,9 @@ class Command:
 
     `message_id` makes a command apply once however often it arrives. `epoch` is the epoch of the map entry the
     sender went by. After `expires_ms` (unix milliseconds) nobody waits for the answer any more.
+
+    In a `session` a command has a `number` from 1 and is decided exactly after the one before it; a query has none and
+    is answered once the command `after` has been. A `linearizable` query sees all that was acknowledged before it.
     """
 
     actor: ActorId
@@ -30,6 +35,10 @@ class Command:
     epoch: int = 0
     hops: int = 0
     expires_ms: int
+    session: str = ""
+    number: int = 0
+    after: int = 0
+    linearizable: bool = False
 
     def forwarded(self, epoch: int) -> Command:
         return replace(self, hops=self.hops + 1, epoch=max(self.epoch, epoch))
@@ -48,39 +57,58 @@ class Answer:
 def encode_command(command: Command) -> bytes:
     """Raises InvalidInput when the arguments are not JSON-like."""
     try:
-        return jsonlike.dumps(
-            {
-                "actor": str(command.actor),
-                "command": command.name,
-                "arguments": command.arguments,
-                "id": command.message_id,
-                "epoch": command.epoch,
-                "hops": command.hops,
-                "expires_ms": command.expires_ms,
-            }
-        )
+        return jsonlike.dumps(_document(command))
     except TypeError as error:
         raise InvalidInput(f"arguments of {command.name!r} are not JSON-like: {error}") from error
+
+
+def _document(command: Command) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "actor": str(command.actor), "command": command.name, "arguments": command.arguments,
+        "id": command.message_id, "epoch": command.epoch, "hops": command.hops, "expires_ms": command.expires_ms,
+    }  # fmt: skip
+    if command.session:
+        document |= {"session": command.session, "number": command.number, "after": command.after}
+    if command.linearizable:
+        document["linearizable"] = True
+    return document
 
 
 def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
     if len(payload) > max_bytes:
         raise PayloadTooLarge(f"command of {len(payload)} bytes: the limit is {max_bytes} (FERRY_MAX_COMMAND_BYTES)")
-    document = _object(payload, "command")
+    document = _object(payload, "command", nesting=jsonlike.MAX_NESTING)  # or it could not be forwarded
+    name = _field(document, "command", str)
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise InvalidInput(f"command {name[:40]!r}… of {len(name)} characters: use at most {MAX_NAME_CHARACTERS}")
     arguments = _field(document, "arguments", dict)
     message_id = _field(document, "id", str)
     if not 1 <= len(message_id.encode()) <= MAX_MESSAGE_ID_BYTES:
         raise InvalidInput(f"message id {message_id[:40]!r}: use 1 to {MAX_MESSAGE_ID_BYTES} bytes")
     return Command(
         actor=ActorId.parse(_field(document, "actor", str)),
-        name=_field(document, "command", str),
+        name=name,
         arguments=arguments,
         message_id=message_id,
         epoch=_count(document, "epoch"),
         hops=_count(document, "hops"),
         expires_ms=_count(document, "expires_ms"),
+        session=_session(document),
+        number=_count(document, "number"),
+        after=_count(document, "after"),
+        linearizable=document.get("linearizable") is True,
     )
+
+
+def _session(document: dict[str, Any]) -> str:
+    if "session" not in document:
+        if "number" in document or "after" in document:
+            raise InvalidInput("a command with a number, but without its session")
+        return ""
+    session: str = _field(document, "session", str)
+    opened_at(session)
+    return session
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -95,10 +123,11 @@ def decode_answer(payload: bytes) -> Answer:
     """Raises InvalidInput for anything that is not an answer."""
     document = _object(payload, "answer")
     owner, epoch = document.get("owner"), _count(document, "epoch")
-    if owner is not None and not isinstance(owner, str):
-        raise InvalidInput("answer with a malformed owner")
+    if owner is not None:
+        check_node_id(_field(document, "owner", str))  # the next attempt's subject will name it
     if "moved" in document:
-        return Answer(error=Moved(str(document["moved"]), owner=owner, epoch=epoch), owner=owner, epoch=epoch)
+        moved = Moved(_field(document, "moved", str), owner=owner, epoch=epoch)
+        return Answer(error=moved, owner=owner, epoch=epoch)
     if "error" in document:
         return Answer(error=errors.from_wire(_field(document, "error", dict)), owner=owner, epoch=epoch)
     if "value" not in document:
@@ -106,9 +135,11 @@ def decode_answer(payload: bytes) -> Answer:
     return Answer(value=document["value"], owner=owner, epoch=epoch)
 
 
-def _object(payload: bytes, what: str) -> dict[str, Any]:
+def _object(
+    payload: bytes, what: str, *, nesting: int = jsonlike.MAX_NESTING + jsonlike.CARRIED
+) -> dict[str, Any]:
     try:
-        document = orjson.loads(payload)
+        document = jsonlike.loads(payload, nesting=nesting)
     except ValueError as error:
         raise InvalidInput(f"{what} is not JSON: {error}") from error
     if not isinstance(document, dict):

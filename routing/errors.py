@@ -6,6 +6,7 @@ FerryError
 │   ├── Unavailable         nobody can serve this now: no owner, no responder, no connection
 │   ├── Busy                the receiver asks to come back after `retry_after_s`
 │   ├── Moved               another node owns the actor; carries whom to ask
+│   ├── OutOfOrder          an earlier command of the same session has not arrived yet: send that one first
 │   └── WrongSequence       a compare-and-set was refused: somebody wrote first, read again
 ├── PermanentError          trying again the same way cannot help
 │   ├── Rejected            the actor decided "no"; the decision is in its journal
@@ -16,6 +17,7 @@ FerryError
 │   │   └── PayloadTooLarge
 │   ├── StateNotPortable    an actor's state cannot be encoded, or not decoded by this code
 │   ├── Quarantined         the log is shorter than what was acknowledged: an operator must look
+│   ├── SessionExpired      the actor has forgotten the sender's session: open a new one
 │   ├── NotApplicable       a step or transition that the map no longer allows
 │   └── Incompatible        a server or cluster this version cannot work with
 ├── InDoubt                 the outcome is unknown; send the same message id again to learn it
@@ -61,6 +63,10 @@ class Moved(TransientError):
         self.epoch = epoch
 
 
+class OutOfOrder(TransientError):
+    """An earlier command of the same session has not been decided; nothing was applied. The sender goes back to it."""
+
+
 class WrongSequence(TransientError):
     """A compare-and-set was refused because somebody else wrote first; read, then decide again."""
 
@@ -101,6 +107,10 @@ class Quarantined(PermanentError):
     """The actor's log is shorter than what was acknowledged; it stays inactive until an operator decides."""
 
 
+class SessionExpired(PermanentError):
+    """The actor has forgotten this session, or may have: nothing was applied. Open a new session."""
+
+
 class NotApplicable(PermanentError):
     """The shard map no longer allows this step or transition; somebody else has moved things on."""
 
@@ -125,9 +135,9 @@ class InvariantViolated(FerryError):
 _BY_NAME: dict[str, type[FerryError]] = {
     cls.__name__: cls
     for cls in (
-        Timeout, Unavailable, Busy, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
-        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, NotApplicable, Incompatible, InDoubt, Moved,
-        InvariantViolated, TransientError, PermanentError, FerryError,
+        Timeout, Unavailable, Busy, OutOfOrder, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
+        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, SessionExpired, NotApplicable, Incompatible,
+        InDoubt, Moved, InvariantViolated, TransientError, PermanentError, FerryError,
     )
 }  # fmt: skip
 
@@ -159,7 +169,9 @@ def from_wire(document: dict[str, Any]) -> FerryError:
 
     Unknown kinds, from a newer peer, become PermanentError; a malformed field counts as not sent.
     """
-    kind, message = str(document.get("kind", "")), str(document.get("message", "no message"))
+    kind, message = document.get("kind"), document.get("message")
+    if not isinstance(message, str):
+        message = "no message"
     match kind, document:
         case "Busy", {"retry_after_s": float() | int() as retry_after_s} if 0 <= retry_after_s < math.inf:
             return Busy(message, retry_after_s=float(retry_after_s))
@@ -170,4 +182,4 @@ def from_wire(document: dict[str, Any]) -> FerryError:
         case "InDoubt", {"message_id": str(message_id)}:
             return InDoubt(message, message_id=message_id)
         case _:
-            return _BY_NAME.get(kind, PermanentError)(message)
+            return _BY_NAME.get(kind if isinstance(kind, str) else "", PermanentError)(message)

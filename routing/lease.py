@@ -11,10 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
+import structlog
 
+from routing import jsonlike
 from routing.errors import InDoubt, InvalidInput, Timeout, Unavailable, WrongSequence
 from routing.link import Link
 from routing.subjects import kv_stream, kv_subject
+
+log = structlog.get_logger("ferry.lease")
 
 TRUSTED_SHARE = 0.6  # of the time to live; the rest covers clock rate differences and a stopped process waking up
 RENEWALS_PER_LEASE = 5
@@ -30,7 +34,7 @@ def boottime_s() -> float:
 def decode_lease(payload: bytes) -> dict[str, Any]:
     """The document a holder wrote. Raises InvalidInput when it is none."""
     try:
-        document = orjson.loads(payload)
+        document = jsonlike.loads(payload)
     except ValueError as error:
         raise InvalidInput(f"lease {payload[:80]!r} is malformed: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("incarnation"), str):
@@ -62,11 +66,18 @@ class Lease:
         return self._clock() < self._trusted_until
 
     async def holder(self) -> tuple[dict[str, Any] | None, int]:
-        """(the document of whoever holds the key, or None; the key's last sequence, 0 for none)."""
+        """(the document of whoever holds the key, or None; the key's last sequence, 0 for none).
+
+        What nobody can read is nobody's lease: it would never expire, and its place could never be taken.
+        """
         stored = await self._link.last(self._stream, self._subject, timeout_s=self._timeout_s)
         if stored is None:
             return None, 0
-        return (None if stored.removed else decode_lease(stored.payload)), stored.sequence
+        try:
+            return (None if stored.removed else decode_lease(stored.payload)), stored.sequence
+        except InvalidInput as error:
+            log.error("lease of nobody", subject=self._subject, error=str(error))
+            return None, stored.sequence
 
     async def hold(self, document: dict[str, Any]) -> bool:
         """Acquire or renew; True while held. `document` is what others read; the incarnation is added.

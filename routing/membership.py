@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +11,9 @@ from typing import Any
 
 import structlog
 
+from routing.address import check_node_id
 from routing.errors import InvalidInput
+from routing.jsonlike import shown
 from routing.lease import boottime_s, decode_lease
 from routing.link import Entry, Link, Subscription
 from routing.subjects import LEADER_KEY, Subjects, kv_stream, kv_subject
@@ -59,13 +63,14 @@ class Membership:
 
     def __init__(
         self, link: Link, subjects: Subjects, *, node_lease_s: float, timeout_s: float = 2.0,
-        clock: Callable[[], float] = boottime_s,
+        clock: Callable[[], float] = boottime_s, counters: Counter[str] | None = None,
     ) -> None:  # fmt: skip
+        self.counters: Counter[str] = Counter() if counters is None else counters
         self._link, self._bucket, self._timeout_s = link, subjects.lease_bucket, timeout_s
         self._lease_s, self._clock = node_lease_s, clock
         self._prefix = len(kv_subject(self._bucket, ""))
         self._seen: dict[str, _Seen] = {}
-        self._leader: dict[str, Any] | None = None
+        self._leader: str | None = None
         self._sequences: dict[str, int] = {}
         self._observers: list[Callable[[], None]] = []
         self._watch: Subscription | None = None
@@ -88,7 +93,7 @@ class Membership:
     @property
     def leader(self) -> str | None:
         """The leading coordinator's name, as far as seen."""
-        return str(self._leader.get("name", "?")) if self._leader is not None else None
+        return self._leader
 
     def alive(self) -> dict[str, Member]:
         oldest_s = self._clock() - self._lease_s - OBSERVER_MARGIN_S
@@ -103,10 +108,11 @@ class Membership:
         try:
             document = None if entry.removed else decode_lease(entry.payload)
             if key == LEADER_KEY:
-                self._leader = document
+                self._leader = None if document is None else _text(document, "name", "?")
             elif key.startswith("node.") and not renewal_seen_before:
                 self._on_node(key.removeprefix("node."), document)
         except InvalidInput as error:
+            self.counters["malformed"] += 1
             log.error("lease ignored", key=key, error=str(error))
 
     def _on_node(self, node: str, document: dict[str, Any] | None) -> None:
@@ -115,7 +121,7 @@ class Membership:
             if self._seen.pop(node, None) is not None:
                 self._notify()
             return
-        member = _member(node, document)
+        member = member_of(node, document)
         self._seen[node] = _Seen(member, self._clock())
         if before is None or before.member != member:
             self._notify()
@@ -125,13 +131,28 @@ class Membership:
             observer()
 
 
-def _member(node: str, document: dict[str, Any]) -> Member:
+def member_of(node: str, document: dict[str, Any]) -> Member:
+    """The node that this lease describes. Raises InvalidInput naming what it cannot be by."""
+    weight, types, pid = document.get("weight"), document.get("types"), document.get("pid", 0)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
+        raise InvalidInput(f"lease of node {node} is malformed: weight {shown(weight)}")
+    if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
+        raise InvalidInput(f"lease of node {node} is malformed: types {shown(types)}")
+    if not isinstance(pid, int):
+        raise InvalidInput(f"lease of node {node} is malformed: pid {shown(pid)}")
     try:
-        return Member(
-            id=node, incarnation=document["incarnation"], state=NodeState(document["state"]),
-            weight=float(document["weight"]), role=str(document.get("role", "")), types=tuple(document["types"]),
-            host=str(document.get("host", "")), pid=int(document.get("pid", 0)),
-            version=str(document.get("version", "")),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"lease of node {node} is malformed: {error}") from error
+        state = NodeState(_text(document, "state", ""))
+    except ValueError as error:
+        raise InvalidInput(f"lease of node {node} is malformed: {shown(error)}") from error
+    return Member(
+        id=check_node_id(node), incarnation=document["incarnation"], state=state, weight=float(weight),
+        role=_text(document, "role", ""), types=tuple(types), host=_text(document, "host", ""), pid=pid,
+        version=_text(document, "version", ""),
+    )  # fmt: skip
+
+
+def _text(document: dict[str, Any], name: str, default: str) -> str:
+    value = document.get(name, default)
+    if not isinstance(value, str):
+        raise InvalidInput(f"lease is malformed: {name} {shown(value)}")
+    return value

@@ -7,15 +7,30 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
+
+import structlog
 
 from routing.address import ActorId, NodeId
 from routing.directory import Directory
 from routing.envelope import Answer, Command, decode_answer, decode_command, encode_answer, encode_command
-from routing.errors import Busy, FerryError, InDoubt, InvalidInput, Moved, Timeout, Unavailable
+from routing.errors import (
+    Busy,
+    FerryError,
+    InDoubt,
+    InvalidInput,
+    Moved,
+    OutOfOrder,
+    SessionExpired,
+    Timeout,
+    Unavailable,
+)
 from routing.link import Link
 from routing.subjects import Subjects
+
+log = structlog.get_logger("ferry.router")
 
 ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have died with it
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
@@ -50,35 +65,49 @@ class Router:
 
     async def send_message(
         self, actor: ActorId, name: str, arguments: dict[str, Any] | None = None, *, message_id: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        linearizable: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Any:  # fmt: skip
         """Send one command or query and return its reply.
+
+        A `linearizable` query has its node read the end of the actor's log first: it sees everything acknowledged
+        before it was sent. Without, it is answered from the owner's memory under its lease.
 
         Raises Rejected, HandlerFailed and InvalidInput as the actor's node answered; Unavailable when nobody could be
         reached at all; Timeout when it was refused until the deadline and surely not applied; InDoubt when it may
         have been applied: send the same `message_id` again to learn the outcome. InvalidInput, PayloadTooLarge as well
         for what no node could receive, wherever the actor lives today.
         """
+        command = self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
+        return await self.deliver(command, timeout_s=timeout_s)
+
+    def prepare(
+        self, actor: ActorId, name: str, arguments: dict[str, Any] | None = None, *, message_id: str | None = None,
+        linearizable: bool = False,
+    ) -> Command:  # fmt: skip
+        """What `deliver` would send. Raises InvalidInput, PayloadTooLarge for what no node could receive."""
+        command = Command(
+            actor=actor, name=name, arguments=arguments or {}, expires_ms=0, linearizable=linearizable,
+            message_id=new_message_id() if message_id is None else message_id,
+        )  # fmt: skip
+        # A local actor gets what a remote one would: checked alike, and nothing that the caller can still change.
+        return decode_command(encode_command(command), max_bytes=self._max_command_bytes)
+
+    async def deliver(self, command: Command, *, timeout_s: float, before: asyncio.Event | None = None) -> Any:
+        """Send a prepared command; errors as for `send_message`. `before` is set when the one before it is over."""
         if not 0 < timeout_s < math.inf:
             raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        command = Command(
-            actor=actor, name=name, arguments=arguments or {},
-            message_id=new_message_id() if message_id is None else message_id,
-            expires_ms=int((self._wall_clock() + timeout_s) * 1000),
-        )  # fmt: skip
-        # A local actor gets what a remote one would: checked alike, and nothing that the caller can still change.
-        command = decode_command(encode_command(command), max_bytes=self._max_command_bytes)
-        attempt = _Attempts(command)
+        command = replace(command, expires_ms=int((self._wall_clock() + timeout_s) * 1000))
+        attempts = _Attempts(command, before)
         while (left_s := deadline - loop.time()) > 0:
-            answer = await self._attempt(command, attempt, min(left_s, ATTEMPT_S))
+            answer = await self._attempt(command, attempts, min(left_s, ATTEMPT_S))
             if answer is not None:
                 if answer.error is None:
                     return answer.value
                 raise answer.error
-            await asyncio.sleep(min(attempt.pause_s, max(deadline - loop.time(), 0)))
-        raise attempt.gave_up(timeout_s)
+            await attempts.pause(max(deadline - loop.time(), 0))
+        raise attempts.gave_up(timeout_s)
 
     async def _attempt(self, command: Command, attempts: _Attempts, timeout_s: float) -> Answer | None:
         """One try; None means try again."""
@@ -96,8 +125,10 @@ class Router:
         if answer.owner is not None:
             self._learn(unit, answer.owner, answer.epoch)
         match answer.error:
-            case Busy() as busy:
-                attempts.refused(busy)
+            case Busy() | OutOfOrder() as later:
+                attempts.refused(later)
+            case SessionExpired() if attempts.maybe_applied:
+                raise attempts.in_doubt(str(answer.error))
             case Moved() | Unavailable() as elsewhere:
                 attempts.refused(elsewhere)
                 await self._refresh(unit, attempts)
@@ -119,7 +150,12 @@ class Router:
             raise Unavailable(f"{unit} has no owner yet: start a coordinator and a node")
         payload = encode_command(replace(command, epoch=epoch))
         subject = self._subjects.command(owner, self._sender)
-        return decode_answer(await self._link.request(subject, payload, timeout_s=timeout_s))
+        answer = await self._link.request(subject, payload, timeout_s=timeout_s)
+        try:
+            return decode_answer(answer)
+        except InvalidInput as error:
+            log.warning("answer ignored", node=owner, message_id=command.message_id, error=str(error))
+            raise Timeout(f"{owner} answered what cannot be read: {error}") from error  # so it may have been applied
 
     def _route(self, unit: str) -> tuple[NodeId | None, int]:
         entry = self._directory.get(unit)
@@ -145,34 +181,45 @@ class Router:
 class _Attempts:
     """What is known about a command so far: was it ever possibly applied, and how long to pause before the next try."""
 
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self._maybe_applied = False
+    def __init__(self, command: Command, before: asyncio.Event | None) -> None:
+        self.maybe_applied = False
+        self._command, self._before = command, before
         self._last: FerryError | None = None
         self._pause_s = RETRY_FIRST_S
 
-    @property
-    def pause_s(self) -> float:
+    async def pause(self, at_most_s: float) -> None:
+        """Wait before the next try: for the command before it where that is missing, else longer each time."""
         pause_s, self._pause_s = self._pause_s, min(self._pause_s * 2, RETRY_MOST_S)
-        return max(pause_s, self._last.retry_after_s) if isinstance(self._last, Busy) else pause_s
+        if isinstance(self._last, OutOfOrder) and self._before is not None and not self._before.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(at_most_s):
+                    await self._before.wait()
+            return
+        if isinstance(self._last, Busy):
+            pause_s = max(pause_s, self._last.retry_after_s)
+        await asyncio.sleep(min(pause_s, at_most_s))
 
     def unknown(self, error: FerryError) -> None:
-        self._maybe_applied, self._last = True, error
+        self.maybe_applied, self._last = True, error
 
     def refused(self, error: FerryError) -> None:
         self._last = error
 
     def gave_up(self, timeout_s: float) -> FerryError:
         what = f"{self._command.name!r} to {self._command.actor}"
-        if self._maybe_applied:
-            return InDoubt(
-                f"no answer to {what} within {timeout_s:g} s: it may have been applied;"
-                f" send message id {self._command.message_id} again to learn the outcome",
-                message_id=self._command.message_id,
-            )
+        if self.maybe_applied:
+            return self.in_doubt(f"no answer within {timeout_s:g} s")
         if isinstance(self._last, Unavailable):
             return Unavailable(f"{what} was not applied: {self._last}")
         return Timeout(f"{what} was not applied within {timeout_s:g} s: {self._last or 'no attempt could be made'}")
+
+    def in_doubt(self, why: str) -> InDoubt:
+        command = self._command
+        how = "read the actor" if command.number else f"send message id {command.message_id} again"
+        return InDoubt(
+            f"{command.name!r} to {command.actor} may have been applied ({why}): {how} to learn the outcome",
+            message_id=command.message_id,
+        )
 
 
 def _received(answer: Answer) -> Answer:

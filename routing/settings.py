@@ -23,6 +23,7 @@ from routing.subjects import Subjects
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_DATA_DIR = ".ferry"
+MAX_LOGS = 64
 MAX_SHARDS = 65_536
 
 
@@ -55,6 +56,7 @@ class Settings:
 
     buffer_messages: int = 10_000  # commands waiting at a closed gate, per shard
     buffer_bytes: int = 16 * 2**20
+    buffer_messages_per_sender: int = 5_000  # of those: one client must not take all the room
     mailbox_messages: int = 1_000  # commands waiting for one actor
     max_command_bytes: int = 512 * 1024
     max_state_bytes: int = 256 * 2**20
@@ -62,6 +64,7 @@ class Settings:
     transfer_window_bytes: int = 2**20
     snapshot_every: int = 32  # commands between two snapshots of an actor
     dedup_window: int = 128  # latest command ids remembered per actor
+    sessions_remembered: int = 64  # ordered sender sessions remembered per actor
     passivate_after_s: float = 600.0
     moves_at_once: int = 2  # admission window per source and per destination: bounds what is paused at once
     records_kept: int = 100_000
@@ -133,8 +136,8 @@ def _range_problems(s: Settings) -> list[str]:
     problems = []
     if not 1 <= s.shards <= MAX_SHARDS:
         problems.append(f"FERRY_SHARDS={s.shards}: use 1 to {MAX_SHARDS}")
-    if not 1 <= s.logs <= 64:
-        problems.append(f"FERRY_LOGS={s.logs}: use 1 to 64")
+    if not 1 <= s.logs <= MAX_LOGS:
+        problems.append(f"FERRY_LOGS={s.logs}: use 1 to {MAX_LOGS}")
     if s.replicas not in (1, 3, 5):
         problems.append(f"FERRY_REPLICAS={s.replicas}: use 1, 3 or 5")
     for field in fields(s):

@@ -2,10 +2,10 @@
 
     ASSIGN     nobody                 ->  (A, -, 1)                 the coordinator, at the cluster's birth
     LOCK       (A, iA, e, -)          ->  (A, iA, e, m -> B)        the worker, in `pause`
-    COMMIT     (A, iA, e, m -> B)     ->  (B, -, e+1), m committed  the source, in `delete`: the commit point
+    COMMIT     (A, iA, e, m -> B)     ->  (B, iB, e+1), m committed the source, in `delete`: the commit point
     ABORT      (A, iA, e, m -> B)     ->  (A, iA, e+1), m aborted   anyone
     BOOT       (A, old, e, *)         ->  (A, new, e+1), * aborted  a restarted owner
-    BIND       (B, -, e)              ->  (B, iB, e)                the new owner
+    BIND       (B, -, e)              ->  (B, iB, e)                the new owner, when nobody has named iB yet
     FAILOVER   (o, *, e, *)           ->  (n, -, e+1), * aborted    the coordinator, after the owner's lease ran out
 
 Each function returns the value to be written by one compare-and-set on the key's revision, or raises
@@ -79,15 +79,19 @@ def lock(current: Ownership, *, move: str, destination: str) -> Ownership:
     return replace(current, move=move, destination=destination)
 
 
-def commit(current: Ownership, *, move: str, incarnation: str) -> Ownership:
-    """COMMIT: the source gives the unit to the destination. Only the bound source may."""
+def commit(current: Ownership, *, move: str, incarnation: str, heir: str | None = None) -> Ownership:
+    """COMMIT: the source gives the unit to the destination. Only the bound source may.
+
+    `heir` is the incarnation of the destination that has acknowledged what it is to take over: it is bound at once, and
+    serves without writing anything. Should it be gone by then, its next life finds another's name there and takes BOOT.
+    """
     if current.move != move or current.destination is None:
         raise NotApplicable(f"move {move} holds no lock here: {_ending(current, move)}")
     if current.incarnation != incarnation:
         raise NotApplicable(f"incarnation {incarnation} no longer owns it: only the source may commit")
     epoch = current.epoch + 1
     last = LastMove(move=move, outcome=Outcome.COMMITTED, epoch=epoch)
-    return Ownership(owner=current.destination, incarnation=None, epoch=epoch, last=last, fence=current.fence)
+    return Ownership(owner=current.destination, incarnation=heir, epoch=epoch, last=last, fence=current.fence)
 
 
 def abort(current: Ownership, *, move: str) -> Ownership:

@@ -15,15 +15,17 @@ import structlog
 
 from routing.control import ManifestRow, MigrationRequest
 from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable, Unavailable
+from routing.jsonlike import shown
 from routing.settings import Settings
 from runtime.actor import ActorClasses
-from runtime.codec import split
+from runtime.codec import sequence, split, text
 from runtime.live_actor import LiveActor
+from runtime.memory import Limits
 from runtime.portable import Portable
 
 log = structlog.get_logger("ferry.arrivals")
 
-HEADER_ALLOWANCE_BYTES = 2**20  # answered commands and trail travel beside the state
+HEADER_ALLOWANCE_BYTES = 2**20  # the memory of commands and the trail travel beside the state
 
 
 @dataclass(slots=True)
@@ -80,15 +82,16 @@ class StagedActors:
     def receive(self, payload: bytes) -> None:
         """Store the pieces of one chunk. Repeats are ignored. Raises InvalidInput for what was never announced."""
         header, body = split(payload)
-        staging = self._moves.get(str(header.get("move")))
+        move = text(header, "move")
+        staging = self._moves.get(move)
         if staging is None:
-            raise Unavailable(f"move {header.get('move')} is not announced here: announce it again")
+            raise Unavailable(f"move {shown(move)} is not announced here: announce it again")
         staging.heard_at_s = self._clock()
         position = 0
         for index, offset, size in _pieces(header):
             arriving = staging.actors.get(index)
             if arriving is None or offset + size > arriving.row.transfer_bytes or position + size > len(body):
-                raise InvalidInput(f"chunk of move {header.get('move')} does not fit what was announced")
+                raise InvalidInput(f"chunk of move {move} does not fit what was announced")
             if offset not in arriving.offsets:
                 if arriving.data is None:
                     arriving.data = bytearray(arriving.row.transfer_bytes)
@@ -118,13 +121,16 @@ class StagedActors:
         row = arriving.row
         if arriving.received_bytes < row.transfer_bytes or arriving.data is None:
             raise Unavailable(f"{row.actor_id} of move {move} has not arrived whole: send it again")
-        portable = Portable.decode(bytes(arriving.data))
+        try:
+            portable = Portable.decode(bytes(arriving.data))
+        except InvalidInput as error:
+            raise StateNotPortable(f"{row.actor_id} of move {move} was damaged on the way: {error}") from error
         frame = portable.frame
         arrived = (str(portable.actor_id), portable.version, frame.digest, frame.state_bytes)
         if arrived != (row.actor_id, row.version, row.digest, row.state_bytes):
             raise StateNotPortable(f"{row.actor_id} of move {move} is not what was announced")
         return portable.activate(
-            self._classes, window=self._settings.dedup_window, max_state_bytes=self._settings.max_state_bytes,
+            self._classes, limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
             used_at_s=self._clock(),
         )  # fmt: skip
 
@@ -151,10 +157,11 @@ class StagedActors:
 
 
 def _pieces(header: dict[str, Any]) -> list[tuple[int, int, int]]:
-    try:
-        pieces = [(int(i), int(offset), int(size)) for i, offset, size in header["pieces"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"chunk has a malformed header: {error}") from error
-    if any(offset < 0 or size < 0 for _, offset, size in pieces):
-        raise InvalidInput("chunk has a negative offset or size")
+    pieces = []
+    for piece in sequence(header, "pieces"):
+        match piece:
+            case [int(index), int(offset), int(size)] if min(index, offset) >= 0 and size > 0:
+                pieces.append((index, offset, size))
+            case _:
+                raise InvalidInput(f"{shown(piece)} is no piece of a chunk: expected [index, offset, size]")
     return pieces

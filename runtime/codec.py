@@ -154,7 +154,7 @@ def unpack(frame: Frame, *, max_bytes: int) -> bytes:
     elif frame.codec == "raw":
         state = frame.body
     else:
-        raise StateNotPortable(f"state codec {frame.codec!r} is unknown here: upgrade this node")
+        raise StateNotPortable(f"state codec {jsonlike.shown(frame.codec)} is unknown here: upgrade this node")
     if len(state) != frame.state_bytes or digest_of(state) != frame.digest:
         raise StateNotPortable("state does not match its digest: it was damaged on the way")
     return state
@@ -169,7 +169,7 @@ def split(payload: bytes) -> tuple[dict[str, Any], bytes]:
     """The inverse of `join`. Raises InvalidInput."""
     line, _, body = payload.partition(b"\n")
     try:
-        header = orjson.loads(line)
+        header = jsonlike.loads(line)
     except ValueError as error:
         raise InvalidInput(f"header {line[:80]!r} is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -201,18 +201,18 @@ def numbers(header: dict[str, Any], name: str) -> tuple[int, ...]:
 def text(header: dict[str, Any], name: str) -> str:
     value = header.get(name)
     if not isinstance(value, str):
-        raise InvalidInput(f"{name!r} of a header is {value!r}: must be text")
+        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be text")
     return value
 
 
 def sequence(header: dict[str, Any], name: str) -> list[Any]:
     value = header.get(name)
     if not isinstance(value, list):
-        raise InvalidInput(f"{name!r} of a header is {value!r}: must be a list")
+        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be a list")
     return value
 
 
 def _whole(value: Any, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidInput(f"{name!r} of a header is {value!r}: must be a whole number, 0 or more")
+        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be a whole number, 0 or more")
     return value

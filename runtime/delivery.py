@@ -12,13 +12,14 @@ from routing.link import Link
 
 @dataclass(slots=True, kw_only=True)
 class Delivery:
-    """One command, how many bytes it came in, and where its answer goes: a reply subject or a local future.
+    """One command, how it came here, and where its answer goes: a reply subject or a local future.
 
     A forwarded delivery keeps its reply subject, so the answer goes straight to the caller however often it moved.
     """
 
     command: Command
     size_bytes: int = 0
+    sender: str = ""  # the process it came from last: a client, or a node that forwarded it
     reply: str = ""
     future: asyncio.Future[Answer] | None = field(default=None, repr=False)
 

@@ -21,18 +21,19 @@ from routing import control, shard_map
 from routing.address import ActorId
 from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
 from routing.directory import Directory
-from routing.errors import FerryError, NotApplicable, Unavailable
+from routing.errors import FerryError, InvalidInput, NotApplicable, Unavailable
+from routing.failpoints import Failpoints
 from routing.link import Link
 from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
+from runtime import rules
 from runtime.arrivals import StagedActors
-from runtime.codec import capture_state, digest_of, join, pack
+from runtime.codec import capture_state, digest_of, join, number, numbers, pack, text
 from runtime.host import Host
 from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.portable import Portable
-from runtime.rules import applies
 from runtime.unit import Unit, UnitState
 
 log = structlog.get_logger("ferry.handover")
@@ -50,7 +51,7 @@ class _Captured:
     version: int
     epoch: int
     trail: tuple[int, ...]
-    answered: list[list[Any]]
+    memory: dict[str, Any]
     state: bytes
     digest: str
 
@@ -58,11 +59,11 @@ class _Captured:
     def of(cls, live: LiveActor) -> _Captured:
         """Raises StateNotPortable when the state cannot be encoded."""
         assert live.instance is not None
-        assert live.answered is not None
+        assert live.memory is not None
         state = capture_state(live.instance)
         return cls(
             actor_id=live.actor_id, schema=live.instance.schema_version, version=live.version, epoch=live.epoch,
-            trail=live.trail, answered=live.answered.to_document(), state=state, digest=digest_of(state),
+            trail=live.trail, memory=live.memory.to_document(), state=state, digest=digest_of(state),
         )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ class _Outgoing:
     rows: list[ManifestRow] | None = None
     payloads: list[bytes] = field(default_factory=list)
     sent: bool = False
-    acknowledged: bool = False
+    heir: str | None = None  # the incarnation of the destination that has acknowledged everything
     capturing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice captures once
 
 
@@ -85,10 +86,12 @@ class Handover:
     def __init__(
         self, *, host: Host, mailboxes: Mailboxes, arrivals: StagedActors, link: Link, transfer_link: Link,
         directory: Directory, subjects: Subjects, settings: Settings, clock: Callable[[], float],
+        failpoints: Failpoints,
     ) -> None:  # fmt: skip
         self._host, self._mailboxes, self._arrivals = host, mailboxes, arrivals
         self._link, self._transfer_link = link, transfer_link
         self._directory, self._subjects, self._settings, self._clock = directory, subjects, settings, clock
+        self._failpoints = failpoints
         self._outgoing: dict[str, _Outgoing] = {}  # unit -> the move it is paused for
         self._committed: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
@@ -100,7 +103,7 @@ class Handover:
         """
         entry = await self._directory.refresh(request.unit)
         host = self._host
-        if entry is None or not applies(
+        if entry is None or not rules.applies(
             entry.ownership, move=request.move, epoch=request.epoch, node=host.node_id, incarnation=host.incarnation
         ):
             raise NotApplicable(f"{request.unit} is not locked for {request.move} at epoch {request.epoch} here")
@@ -172,7 +175,7 @@ class Handover:
         )  # fmt: skip
         return Portable(
             actor_id=captured.actor_id, version=captured.version, epoch=captured.epoch, trail=captured.trail,
-            answered=captured.answered, frame=frame,
+            memory=captured.memory, frame=frame,
         )  # fmt: skip
 
     async def send(self, request: StepRequest) -> dict[str, Any]:
@@ -190,7 +193,9 @@ class Handover:
                 destination=request.destination, rows=tuple(outgoing.rows[start : start + ROWS_PER_PAGE]),
             )  # fmt: skip
             answer = await self._ask_destination(request, "stage", page)
-            lacking.extend(answer["lacking"])
+            lacking.extend(numbers(answer, "lacking"))
+        if any(index >= len(outgoing.rows) for index in lacking):
+            raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
         sent_bytes = await self._send_chunks(unit, request, outgoing, lacking)
         outgoing.sent = True
         return {"sent_bytes": sent_bytes}
@@ -223,20 +228,23 @@ class Handover:
         if not outgoing.sent:
             raise NotApplicable(f"move {request.move} is not sent yet")
         expected = len(outgoing.rows or ())
-        if await self._verified(request) != expected:
+        held, heir = await self._verified(request)
+        if held != expected:
             await self.send(request)  # the destination was restarted, say: it gets what it lacks now
-            if (held := await self._verified(request)) != expected:
+            held, heir = await self._verified(request)
+            if held != expected:
                 raise Unavailable(f"{request.destination} holds {held} of {expected} actors after sending twice")
-        outgoing.acknowledged = True
+        outgoing.heir = heir
         return {"actors": expected}
 
-    async def _verified(self, request: StepRequest) -> int:
-        """How many actors the destination holds ready; -1 when it lacks some, or knows nothing of the move."""
+    async def _verified(self, request: StepRequest) -> tuple[int, str]:
+        """How many actors the destination holds ready, and its incarnation; -1 when it lacks some, or all."""
         try:
-            return int((await self._ask_destination(request, "verify", request))["actors"])
+            answer = await self._ask_destination(request, "verify", request)
         except Unavailable as error:
             log.info("destination lacks something", move=request.move, error=str(error))
-            return -1
+            return -1, ""
+        return number(answer, "actors"), text(answer, "incarnation")
 
     async def commit(self, request: StepRequest) -> dict[str, Any]:
         """COMMIT: the point of no return. Then the destination serves, and gets what waited here, in order.
@@ -247,11 +255,12 @@ class Handover:
         if request.move in self._committed:
             return self._committed[request.move]
         unit, outgoing = self._paused(request)
-        if not outgoing.acknowledged:
+        if outgoing.heir is None:
             raise NotApplicable(f"move {request.move} is not acknowledged by {request.destination}")
         assert unit.pause is not None
         began_s, waiting = unit.pause.began_s, len(unit.buffer)
-        await self._write_commit(request)
+        await self._write_commit(request, outgoing.heir)
+        self._failpoints.hit("committed")
         answer: dict[str, Any] = {"blackout_ms": None, "waiting": waiting}
         try:
             await self._ask_destination(request, "activate", request)
@@ -264,13 +273,13 @@ class Handover:
             self._committed.popitem(last=False)
         return answer
 
-    async def _write_commit(self, request: StepRequest) -> None:
+    async def _write_commit(self, request: StepRequest, heir: str) -> None:
         """Write COMMIT, once. A write of unknown fate leaves the gate closed and is settled by reading again."""
 
         def change(view: shard_map.Ownership) -> shard_map.Ownership:
             if view.outcome_of(request.move) is Outcome.COMMITTED:
                 raise _Done
-            return shard_map.commit(view, move=request.move, incarnation=self._host.incarnation)
+            return shard_map.commit(view, move=request.move, incarnation=self._host.incarnation, heir=heir)
 
         try:
             await self._directory.decide(request.unit, change)
@@ -300,7 +309,7 @@ class Handover:
 
     async def verify(self, request: StepRequest) -> dict[str, Any]:
         """Check and decode what arrived. Raises Unavailable when something is missing, StateNotPortable."""
-        return {"actors": await self._arrivals.verify(request.move)}
+        return {"actors": await self._arrivals.verify(request.move), "incarnation": self._host.incarnation}
 
     async def activate(self, request: StepRequest) -> dict[str, Any]:
         """The source has committed: take the unit over now instead of when the map's news arrives."""

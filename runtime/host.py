@@ -29,10 +29,11 @@ from routing.link import Link
 from routing.settings import Settings
 from routing.shard_map import Ownership
 from routing.subjects import Subjects
+from runtime import rules
 from runtime.delivery import Delivery
 from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
-from runtime.rules import Verdict, judge
+from runtime.rules import Verdict
 from runtime.unit import Buffer, Pause, Unit, UnitState
 
 log = structlog.get_logger("ferry.host")
@@ -58,11 +59,12 @@ class Host:
         self, *, node_id: str, incarnation: str, link: Link, directory: Directory, subjects: Subjects,
         settings: Settings, mailboxes: Mailboxes, arrivals: Arrivals, spawn: Callable[[Coroutine[Any, Any, None]], Any],
         may_serve: Callable[[], bool], clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
+        counters: Counter[str] | None = None,
     ) -> None:  # fmt: skip
         self._may_serve = may_serve
         self.node_id, self.incarnation = node_id, incarnation
         self.units: dict[str, Unit] = {}
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter() if counters is None else counters
         self._link, self._directory, self._subjects, self._settings = link, directory, subjects, settings
         self._mailboxes, self._arrivals, self._spawn = mailboxes, arrivals, spawn
         self._clock, self._wall_clock = clock, wall_clock
@@ -114,7 +116,7 @@ class Host:
     def _on_map(self, name: str, entry: MapEntry) -> None:
         view = entry.ownership
         unit = self.units.get(name)
-        verdict = judge(
+        verdict = rules.judge(
             view, node=self.node_id, incarnation=self.incarnation, held=unit.held if unit is not None else None
         )
         arrived = view.last.move if view.last is not None and view.owner == self.node_id else None
@@ -144,7 +146,8 @@ class Host:
     def _start_opening(self, name: str) -> Unit:
         unit = self.units.get(name)
         if unit is None:
-            buffer = Buffer(self._settings.buffer_messages, self._settings.buffer_bytes)
+            s = self._settings
+            buffer = Buffer(s.buffer_messages, s.buffer_bytes, per_sender=s.buffer_messages_per_sender)
             unit = self.units[name] = Unit(name, buffer)
             self._spawn(self._opening(unit))
         return unit
@@ -326,12 +329,12 @@ class Host:
         """Abort moves that have been left alone, and put idle actors to rest. Called a few times a second."""
         now_s = self._clock()
         for unit in list(self.units.values()):
-            pause, move = unit.pause, unit.ownership.move if unit.ownership else None
+            left_alone = rules.overdue(
+                now_s=now_s, lease_s=self._settings.pause_lease_s, paused=unit.paused_until, locked=unit.locked_since
+            )
             try:
-                if pause is not None and now_s > pause.lease_until_s:
-                    await self.abort(unit.name, pause.move)
-                elif move and unit.locked_since_s and now_s - unit.locked_since_s > self._settings.pause_lease_s:
-                    await self.abort(unit.name, move)
+                if left_alone is not None:
+                    await self.abort(unit.name, left_alone)
             except (FerryError, WrongSequence) as error:
                 log.warning("abort not written yet", unit=unit.name, error=str(error))
             if unit.state is UnitState.OPEN:

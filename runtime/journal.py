@@ -4,10 +4,10 @@ Each message names the sequences of all messages since the actor's latest snapsh
 the subject up. So recovery is one "last message of the subject" read and, at once, the reads of the sequences it
 names: its cost does not depend on how much else is in the stream, as replaying by consumer does.
 
-    command     events, reply, command id        applied
-    rejection   error, command id                decided "no"; logged, or a late duplicate would apply after a "no"
+    command     events, reply, command's id      applied
+    rejection   error, command's id              decided "no"; logged, or a late duplicate would apply after a "no"
     claim       nothing                          "incarnation i owns this actor at epoch e": fences older owners
-    snapshot    state and answered commands      replaces all before it
+    snapshot    state and memory of commands     replaces all before it
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any, assert_never
 
 from routing.address import ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
+from routing.jsonlike import shown
 from routing.link import Entry, Link
+from routing.session_id import opened_at
 from routing.subjects import Subjects
 from runtime.codec import Frame, frame_header, frame_of, join, number, numbers, sequence, split, text
-from runtime.memory import check_answered
+from runtime.memory import check_memory
 
 LOAD_ATTEMPTS = 8  # a snapshot landing while we read removes what we are about to read; then start over
 
@@ -43,11 +45,13 @@ class Record:
     incarnation: str
     trail: tuple[int, ...] = ()
     message_id: str = ""
+    session: str = ""
+    number: int = 0
     events: list[list[Any]] = field(default_factory=list)
     reply: Any = None
     error: dict[str, Any] | None = None
     frame: Frame | None = None
-    answered: list[list[Any]] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +121,12 @@ def encode_record(record: Record) -> bytes:
     }  # fmt: skip
     match record.kind:
         case Kind.COMMAND:
-            header |= {"id": record.message_id, "events": record.events, "reply": record.reply}
+            header |= {**_identity(record), "events": record.events, "reply": record.reply}
         case Kind.REJECTION:
-            header |= {"id": record.message_id, "error": record.error}
+            header |= {**_identity(record), "error": record.error}
         case Kind.SNAPSHOT:
             assert record.frame is not None
-            header |= {"answered": record.answered, **frame_header(record.frame)}
+            header |= {"memory": record.memory, **frame_header(record.frame)}
             return join(header, record.frame.body)
     return join(header, b"")
 
@@ -139,18 +143,34 @@ def decode_record(payload: bytes) -> Record:
         match kind:
             case Kind.COMMAND:
                 events = [_event(entry) for entry in sequence(header, "events")]
-                return Record(message_id=text(header, "id"), events=events, reply=header["reply"], **common)
+                return Record(events=events, reply=header["reply"], **_identified(header), **common)
             case Kind.REJECTION:
-                return Record(message_id=text(header, "id"), error=_error(header), **common)
+                return Record(error=_error(header), **_identified(header), **common)
             case Kind.CLAIM:
                 return Record(**common)
             case Kind.SNAPSHOT:
-                answered = check_answered(sequence(header, "answered"))
-                return Record(answered=answered, frame=frame_of(header, body), **common)
+                return Record(memory=check_memory(header.get("memory")), frame=frame_of(header, body), **common)
             case _:
                 assert_never(kind)
     except (InvalidInput, KeyError, ValueError) as error:
-        raise StateNotPortable(f"log entry {payload[:80]!r} cannot be read by this version: {error}") from error
+        raise StateNotPortable(
+            f"log entry {payload[:80]!r} cannot be read by this version: {shown(error, 200)}"
+        ) from error
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    """Whose command an entry answers, so that a repeated one is found again."""
+    if not record.session:
+        return {"id": record.message_id}
+    return {"id": record.message_id, "session": record.session, "number": record.number}
+
+
+def _identified(header: dict[str, Any]) -> dict[str, Any]:
+    if "session" not in header:
+        return {"message_id": text(header, "id")}
+    session = text(header, "session")
+    opened_at(session)
+    return {"message_id": text(header, "id"), "session": session, "number": number(header, "number")}
 
 
 def _event(entry: Any) -> list[Any]:
@@ -158,11 +178,11 @@ def _event(entry: Any) -> list[Any]:
         case [str(), dict()]:
             return list(entry)
         case _:
-            raise InvalidInput(f"{entry!r} is no event: expected [name, values]")
+            raise InvalidInput(f"{shown(entry)} is no event: expected [name, values]")
 
 
 def _error(header: dict[str, Any]) -> dict[str, Any]:
     error = header.get("error")
     if not isinstance(error, dict):
-        raise InvalidInput(f"rejection with {error!r} for its error")
+        raise InvalidInput(f"rejection with {shown(error)} for its error")
     return error

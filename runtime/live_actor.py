@@ -16,7 +16,7 @@ from runtime.actor import Actor, Handler
 from runtime.codec import Frame, capture_state, digest_of, pack, restore_state, unpack
 from runtime.delivery import Delivery
 from runtime.journal import History, Kind, Record
-from runtime.memory import AnsweredCommands
+from runtime.memory import Limits, Memory
 
 log = structlog.get_logger("ferry.actor")
 
@@ -31,7 +31,7 @@ class LiveActor:
     """
 
     __slots__ = (
-        "actor_id", "answered", "dirty", "epoch", "inbox", "instance", "running", "state_bytes", "trail",
+        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "state_bytes", "trail",
         "unverified", "used_at_s", "version",
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ class LiveActor:
         self.version = 0
         self.epoch = 0  # of the last entry of its log
         self.trail: tuple[int, ...] = ()
-        self.answered: AnsweredCommands | None = None
+        self.memory: Memory | None = None
         self.inbox: deque[Delivery] | None = None
         self.running = False
         self.dirty = True
@@ -50,33 +50,30 @@ class LiveActor:
         self.state_bytes = 0  # when last encoded; an estimate for plans
 
     # -- standing at a version ---------------------------------------------------------------------------------------
-    def restore(self, actor_class: type[Actor], history: History, *, window: int, max_state_bytes: int) -> None:
+    def restore(self, actor_class: type[Actor], history: History, *, limits: Limits, max_state_bytes: int) -> None:
         """Become the state at the end of `history`. Raises StateNotPortable, PayloadTooLarge."""
-        instance, answered = new_instance(actor_class), AnsweredCommands(window)
+        instance, memory = new_instance(actor_class), Memory(limits)
         for _, record in history.records:
             if record.kind is Kind.SNAPSHOT:
                 assert record.frame is not None
                 state = unpack(record.frame, max_bytes=max_state_bytes)
                 self.state_bytes = len(state)
                 instance = restore_state(actor_class, state, record.frame.schema)
-                answered = AnsweredCommands.from_document(record.answered, window)
+                memory = Memory.from_document(record.memory, limits)
             else:
-                replay(instance, answered, record)
-        self.stand_at(instance, answered, version=history.version, epoch=history.epoch, trail=history.trail)
+                replay(instance, memory, record)
+        self.stand_at(instance, memory, version=history.version, epoch=history.epoch, trail=history.trail)
 
-    def stand_at(
-        self, instance: Actor, answered: AnsweredCommands, *, version: int, epoch: int, trail: tuple[int, ...]
-    ) -> None:
+    def stand_at(self, instance: Actor, memory: Memory, *, version: int, epoch: int, trail: tuple[int, ...]) -> None:
         instance._actor_id = self.actor_id
-        self.instance, self.answered = instance, answered
+        self.instance, self.memory = instance, memory
         self.version, self.epoch, self.trail = version, epoch, trail
         self.dirty = self.unverified = False
 
     def stored(self, record: Record, version: int) -> None:
         """`record`, whose events the instance already has, landed in the log as `version`."""
-        assert self.answered is not None
-        if record.kind in (Kind.COMMAND, Kind.REJECTION):
-            self.answered.add(record.message_id, record.reply, record.error)
+        assert self.memory is not None
+        remember(self.memory, record)
         self.trail = (version,) if record.kind is Kind.SNAPSHOT else (*self.trail, version)
         self.version, self.epoch = version, record.epoch
 
@@ -89,6 +86,7 @@ class LiveActor:
         assert self.instance is not None
         common: dict[str, Any] = {
             "epoch": epoch, "incarnation": incarnation, "trail": self.trail, "message_id": command.message_id,
+            "session": command.session, "number": command.number,
         }  # fmt: skip
         events: list[list[Any]] = []
         self.dirty = True
@@ -125,9 +123,9 @@ class LiveActor:
     def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
         """Raises StateNotPortable, PayloadTooLarge."""
         assert self.instance is not None
-        assert self.answered is not None
+        assert self.memory is not None
         return Record(
-            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, answered=self.answered.to_document(),
+            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, memory=self.memory.to_document(),
             frame=self.frame(max_state_bytes),
         )  # fmt: skip
 
@@ -152,7 +150,7 @@ def new_instance(actor_class: type[Actor]) -> Actor:
         ) from error
 
 
-def replay(instance: Actor, answered: AnsweredCommands, record: Record) -> None:
+def replay(instance: Actor, memory: Memory, record: Record) -> None:
     """Apply one logged record to a state. Raises StateNotPortable when this code cannot."""
     for name, values in record.events:
         try:
@@ -164,8 +162,13 @@ def replay(instance: Actor, answered: AnsweredCommands, record: Record) -> None:
                 f"@event {name} of {instance.actor_type} failed on replay: {type(error).__name__}: {error};"
                 " events must apply the same way every time"
             ) from error
+    remember(memory, record)
+
+
+def remember(memory: Memory, record: Record) -> None:
+    """Keep the answer that a record of the log carries."""
     if record.kind in (Kind.COMMAND, Kind.REJECTION):
-        answered.add(record.message_id, record.reply, record.error)
+        memory.add(record.message_id, record.reply, record.error, session=record.session, number=record.number)
 
 
 def as_refusal(error: Exception, actor_id: ActorId, name: str) -> FerryError:

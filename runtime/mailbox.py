@@ -9,26 +9,33 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import structlog
 
-from routing.envelope import Answer
+from routing.envelope import Answer, Command
 from routing.errors import (
     Busy,
     InDoubt,
     InvalidInput,
+    NotApplicable,
+    OutOfOrder,
     PayloadTooLarge,
     PermanentError,
     Quarantined,
+    SessionExpired,
     StateNotPortable,
     Timeout,
     Unavailable,
     WrongSequence,
+    from_wire,
     to_wire,
 )
+from routing.session_id import opened_at
 from routing.settings import Settings
+from runtime import rules
 from runtime.actor import ActorClasses, Handler
 from runtime.delivery import Delivery
 from runtime.journal import Journal, Kind, Record
 from runtime.live_actor import LiveActor
-from runtime.rules import Standing, compare
+from runtime.memory import Limits
+from runtime.rules import Admission, Standing
 from runtime.unit import Unit, UnitState
 
 if TYPE_CHECKING:
@@ -90,11 +97,9 @@ class Mailboxes:
     async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery) -> None:
         """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known."""
         command, pause_s, maybe_landed = delivery.command, RETRY_FIRST_S, False
-        try:
-            handler = self._classes.handler(command.actor.actor_type, command.name)
-            handler.check(command.arguments)
-        except InvalidInput as error:
-            self._answer(unit, delivery, Answer(error=error))
+        handler = self._handler_for(command)
+        if isinstance(handler, InvalidInput) and not command.number:
+            self._answer(unit, delivery, Answer(error=handler))
             return
         while True:
             if unit.state is UnitState.DROPPED:
@@ -122,6 +127,10 @@ class Mailboxes:
                 if not maybe_landed and not self._may_serve():
                     self._answer(unit, delivery, Answer(error=error))
                     return
+            except (OutOfOrder, SessionExpired) as error:
+                self._host.counters["out_of_session"] += 1
+                self._answer(unit, delivery, Answer(error=error))
+                return
             except PermanentError as error:
                 self._host.counters["failed_activations"] += 1
                 log.error("actor cannot serve", actor=str(command.actor), error=str(error))
@@ -129,45 +138,111 @@ class Mailboxes:
                 return
             else:
                 self._answer(unit, delivery, answer)
-                if handler.kind == "command":
+                if isinstance(handler, InvalidInput) or handler.kind == "command":
                     await self._snapshot_when_due(unit, live)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
 
-    async def _decide(self, unit: Unit, live: LiveActor, handler: Handler, delivery: Delivery) -> Answer:
+    def _handler_for(self, command: Command) -> Handler | InvalidInput:
+        """The handler of a command, or why there is none; in a session such a command takes its number all the same."""
+        try:
+            handler = self._classes.handler(command.actor.actor_type, command.name)
+            handler.check(command.arguments)
+            if command.number and handler.kind == "query":
+                return InvalidInput(f"{command.name!r} is a query: in a session, ask it with `session.query`")
+        except InvalidInput as error:
+            return error
+        return handler
+
+    async def _decide(self, unit: Unit, live: LiveActor, handler: Handler | InvalidInput, delivery: Delivery) -> Answer:
         """Bring the actor to the end of its log, then answer from memory, ask it, or append what it decides.
 
         Raises InDoubt and WrongSequence when an append was not acknowledged: the command is then evaluated again on
-        what the log says, and never the same append sent again.
+        what the log says, and never the same append sent again. Raises OutOfOrder and SessionExpired.
         """
-        await self.make_current(unit, live)
         command = delivery.command
-        if handler.kind == "query":
-            return await live.ask(handler, command)
-        assert live.answered is not None
-        known = live.answered.answer_to(command.message_id)
+        await self.make_current(unit, live)
+        if isinstance(handler, Handler) and handler.kind == "query":
+            return await self._query(unit, live, handler, command)
+        known = await self._known_answer(unit, live, command)
         if known is not None:
             self._host.counters["duplicates"] += 1
             return known
-        record = await live.evaluate(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
+        if isinstance(handler, InvalidInput):
+            record = self._refusal(unit, live, command, handler)
+        else:
+            record = await live.evaluate(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
         try:
             version = await self._journal.append(live.actor_id, record, after=live.version)
         except PayloadTooLarge as error:
             live.dirty = True
-            record = Record(
-                kind=Kind.REJECTION, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail,
-                message_id=command.message_id, error=to_wire(error),
-            )  # fmt: skip
+            record = self._refusal(unit, live, command, error)
             version = await self._journal.append(live.actor_id, record, after=live.version)
         live.stored(record, version)
         self._host.counters["commands"] += 1
         if record.error is not None:
             self._host.counters["rejections"] += 1
-            answer = live.answered.answer_to(command.message_id)
-            assert answer is not None
-            return answer
+            return Answer(error=from_wire(record.error))
         return Answer(value=record.reply)
+
+    def _refusal(self, unit: Unit, live: LiveActor, command: Command, error: PermanentError) -> Record:
+        return Record(
+            kind=Kind.REJECTION, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail,
+            message_id=command.message_id, session=command.session, number=command.number, error=to_wire(error),
+        )  # fmt: skip
+
+    async def _query(self, unit: Unit, live: LiveActor, handler: Handler, command: Command) -> Answer:
+        """Answer a query from memory, after a look at the end of the log where it asks for that. Raises OutOfOrder."""
+        assert live.memory is not None
+        if command.linearizable:
+            await self._look_again(unit, live)
+        if command.after and (live.memory.sessions.last(command.session) or 0) < command.after:
+            if not command.linearizable:
+                await self._look_again(unit, live)
+            if (live.memory.sessions.last(command.session) or 0) < command.after:
+                raise OutOfOrder(f"command {command.after} of this session has not reached {live.actor_id} yet")
+        return await live.ask(handler, command)
+
+    async def _known_answer(self, unit: Unit, live: LiveActor, command: Command) -> Answer | None:
+        """The answer given before, or None when the command is to be decided now.
+
+        Raises OutOfOrder and SessionExpired, never before the end of the log has been read: an owner that missed
+        something would send its callers away for ever.
+        """
+        assert live.memory is not None
+        if not command.number:
+            return live.memory.commands.answer_to(command.message_id)
+        if self._admit(live, command) in (Admission.GAP, Admission.EXPIRED):
+            await self._look_again(unit, live)
+        sessions = live.memory.sessions
+        match self._admit(live, command):
+            case Admission.NEXT:
+                return None
+            case Admission.SEEN:
+                known = sessions.answer_to(command.session, command.number)
+                gone = NotApplicable(f"command {command.number} of this session was answered long ago")
+                return known or Answer(error=gone)
+            case Admission.GAP:
+                last = sessions.last(command.session) or 0
+                raise OutOfOrder(f"{live.actor_id} waits for command {last + 1} of this session, not {command.number}")
+            case Admission.EXPIRED:
+                raise SessionExpired(f"{live.actor_id} has forgotten sessions as old as this: open a new one")
+            case unknown:
+                assert_never(unknown)
+
+    def _admit(self, live: LiveActor, command: Command) -> Admission:
+        assert live.memory is not None
+        sessions = live.memory.sessions
+        return rules.admit(
+            command.number, last=sessions.last(command.session), opened=opened_at(command.session),
+            floor=sessions.floor,
+        )  # fmt: skip
+
+    async def _look_again(self, unit: Unit, live: LiveActor) -> None:
+        """Make sure that the instance is the end of the log as the leader has it now, and ours."""
+        live.unverified = True
+        await self.make_current(unit, live)
 
     async def make_current(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None] = lambda: None) -> None:
         """Load, verify and claim as needed; afterwards the instance is the end of the log and ours to append to.
@@ -185,11 +260,11 @@ class Mailboxes:
             still_alone()
             self._check(unit, live, history.version, history.epoch)
             live.restore(
-                self._classes.get(live.actor_id.actor_type), history, window=self._settings.dedup_window,
+                self._classes.get(live.actor_id.actor_type), history, limits=Limits.of(self._settings),
                 max_state_bytes=self._settings.max_state_bytes,
             )  # fmt: skip
             self._host.counters["activations"] += 1
-        if live.epoch < unit.fence:
+        if rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
             claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
             live.dirty = True
             version = await self._journal.append(live.actor_id, claim, after=live.version)
@@ -207,7 +282,9 @@ class Mailboxes:
         live.unverified = False
 
     def _check(self, unit: Unit, live: LiveActor, version: int, epoch: int) -> Standing:
-        standing = compare(held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch)
+        standing = rules.compare(
+            held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch
+        )
         match standing:
             case Standing.FENCED:
                 raise _Fenced

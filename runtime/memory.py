@@ -1,19 +1,69 @@
-"""What an actor remembers of the commands it has answered, so that a repeated one is applied once."""
+"""What an actor remembers of the commands it has answered, so that a repeated one is applied once.
+
+All of it derives from the log: every entry carries its command's id and answer, every snapshot the whole memory.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from routing import errors
 from routing.envelope import Answer
 from routing.errors import InvalidInput
+from routing.jsonlike import shown
+from routing.session_id import IN_FLIGHT, opened_at
+from routing.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one actor remembers: latest plain command ids, and sender sessions."""
+
+    commands: int
+    sessions: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        return cls(settings.dedup_window, settings.sessions_remembered)
+
+
+class Memory:
+    """The answers of one actor: to plain commands by id, to ordered commands by session and number."""
+
+    __slots__ = ("commands", "sessions")
+
+    def __init__(self, limits: Limits) -> None:
+        self.commands = AnsweredCommands(limits.commands)
+        self.sessions = AnsweredSessions(limits.sessions)
+
+    def add(
+        self, message_id: str, reply: Any, error: dict[str, Any] | None, *, session: str = "", number: int = 0
+    ) -> None:
+        """An answer has been logged. Raises InvalidInput for a session that is none."""
+        if session:
+            self.sessions.add(session, number, reply, error)
+        else:
+            self.commands.add(message_id, reply, error)
+
+    def to_document(self) -> dict[str, Any]:
+        """`{"commands": [[id, reply], [id, null, error], ...], "sessions": {...}}`, oldest first."""
+        return {"commands": self.commands.to_document(), "sessions": self.sessions.to_document()}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any], limits: Limits) -> Memory:
+        """The inverse of `to_document`; smaller limits keep the newest. Raises InvalidInput."""
+        check_memory(document)
+        memory = cls(limits)
+        memory.commands = AnsweredCommands.from_document(document["commands"], limits.commands)
+        memory.sessions = AnsweredSessions.from_document(document["sessions"], limits.sessions)
+        return memory
 
 
 class AnsweredCommands:
     """The latest command ids and their answers, oldest first, at most `limit`.
 
-    Derived from the log alone: every entry carries its command's id and answer, every snapshot the whole window.
     An id older than the window is forgotten; `limit` must exceed the commands one actor gets within a sender's
     longest retry.
     """
@@ -34,9 +84,7 @@ class AnsweredCommands:
 
     def answer_to(self, message_id: str) -> Answer | None:
         known = self._answers.get(message_id)
-        if known is None:
-            return None
-        return Answer(value=known[0]) if len(known) == 1 else Answer(error=errors.from_wire(known[1]))
+        return None if known is None else _answer(known)
 
     def to_document(self) -> list[list[Any]]:
         """`[[id, reply], [id, null, error], ...]`, oldest first."""
@@ -46,17 +94,102 @@ class AnsweredCommands:
     def from_document(cls, document: list[list[Any]], limit: int) -> AnsweredCommands:
         """The inverse of `to_document`. Raises InvalidInput."""
         window = cls(limit)
-        for message_id, reply, *error in check_answered(document):
+        for entry in document:
+            message_id, reply, *error = _check_answer(entry, str)
             window.add(message_id, reply, error[0] if error else None)
         return window
 
 
-def check_answered(document: list[Any]) -> list[list[Any]]:
-    """Return `document` if `to_document` can have made it. Raises InvalidInput otherwise."""
-    for entry in document:
-        match entry:
-            case [str(), _] | [str(), None, dict()]:
-                continue
+class AnsweredSessions:
+    """The last number and the latest replies of each sender session, at most `limit` sessions.
+
+    The session unused for longest is forgotten first; `floor` is the latest opening of any forgotten one.
+    """
+
+    __slots__ = ("_limit", "_sessions", "floor")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sessions: OrderedDict[str, tuple[int, OrderedDict[int, list[Any]]]] = OrderedDict()
+        self.floor = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def add(self, session: str, number: int, reply: Any, error: dict[str, Any] | None) -> None:
+        """Raises InvalidInput for a session that is none."""
+        opened_at(session)
+        _, replies = self._sessions.pop(session, (0, OrderedDict()))
+        replies[number] = [reply] if error is None else [None, error]
+        while len(replies) > IN_FLIGHT:
+            replies.popitem(last=False)
+        self._sessions[session] = (number, replies)
+        while len(self._sessions) > self._limit:
+            forgotten, _ = self._sessions.popitem(last=False)
+            self.floor = max(self.floor, opened_at(forgotten))
+
+    def last(self, session: str) -> int | None:
+        """The latest number decided for a session; None when it is not known (any more)."""
+        known = self._sessions.get(session)
+        return None if known is None else known[0]
+
+    def answer_to(self, session: str, number: int) -> Answer | None:
+        """None when the number was never answered, or so long ago that its sender cannot be waiting any more."""
+        _, replies = self._sessions.get(session, (0, OrderedDict()))
+        known = replies.get(number)
+        return None if known is None else _answer(known)
+
+    def to_document(self) -> dict[str, Any]:
+        """`{"floor": opened, "known": [[session, last, [[number, reply], [number, null, error], ...]], ...]}`."""
+        known = [
+            [session, last, [[number, *answer] for number, answer in replies.items()]]
+            for session, (last, replies) in self._sessions.items()
+        ]
+        return {"floor": self.floor, "known": known}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any], limit: int) -> AnsweredSessions:
+        """The inverse of `to_document`. Raises InvalidInput."""
+        sessions = cls(limit)
+        sessions.floor = document["floor"]
+        for session, last, replies in document["known"]:
+            for entry in replies:
+                number, reply, *error = _check_answer(entry, int)
+                sessions.add(session, number, reply, error[0] if error else None)
+            if sessions.last(session) != last:
+                raise InvalidInput(f"session {session} ends at {last}, but its last reply is another's")
+        return sessions
+
+
+def check_memory(document: Any) -> dict[str, Any]:
+    """Return `document` if `Memory.to_document` can have made it. Raises InvalidInput otherwise."""
+    match document:
+        case {"commands": list(commands), "sessions": {"floor": int(floor), "known": list(known), **rest}, **more}:
+            if rest or more or isinstance(floor, bool) or floor < 0:
+                raise InvalidInput("what an actor remembers of its commands is malformed")
+        case _:
+            raise InvalidInput("what an actor remembers of its commands is malformed")
+    for entry in commands:
+        _check_answer(entry, str)
+    for session in known:
+        match session:
+            case [str(name), int(), [_, *_] as replies]:
+                opened_at(name)
+                numbers = [_check_answer(entry, int)[0] for entry in replies]
             case _:
-                raise InvalidInput(f"{entry!r} is no answered command: expected [id, reply] or [id, null, error]")
-    return document
+                raise InvalidInput(f"{shown(session)} is no session: expected [id, last, replies]")
+        if numbers != sorted(set(numbers)) or numbers[-1] != session[1]:
+            raise InvalidInput(f"session {name} ends at {session[1]}, its replies at {numbers[-1]}")
+    return dict(document)
+
+
+def _answer(known: list[Any]) -> Answer:
+    return Answer(value=known[0]) if len(known) == 1 else Answer(error=errors.from_wire(known[1]))
+
+
+def _check_answer(entry: Any, key: type) -> list[Any]:
+    match entry:
+        case [name, _] | [name, None, dict()] if isinstance(name, key) and not isinstance(name, bool):
+            return list(entry)
+        case _:
+            raise InvalidInput(f"{shown(entry)} is no answered command: expected [id, reply] or [id, null, error]")

@@ -14,6 +14,7 @@ import os
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -82,8 +83,13 @@ class Node:
             ttl_s=settings.node_lease_s, clock=self._clock,
         )  # fmt: skip
         await self._take_lease()
-        self._directory = Directory(self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s)
-        self._membership = Membership(self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock)
+        counters: Counter[str] = Counter()
+        self._directory = Directory(
+            self._link, subjects, shards_total=born.shards, timeout_s=settings.append_timeout_s, counters=counters
+        )
+        self._membership = Membership(
+            self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock, counters=counters
+        )
         journal = Journal(self._link, subjects, shards_total=born.shards, append_timeout_s=settings.append_timeout_s)
         self._arrivals = StagedActors(classes=self._classes, settings=settings, clock=self._clock)
         mailboxes = Mailboxes(
@@ -94,12 +100,12 @@ class Node:
             node_id=self.id, incarnation=self.incarnation, link=self._link, directory=self._directory,
             subjects=subjects, settings=settings, mailboxes=mailboxes, arrivals=self._arrivals, spawn=self.spawn,
             may_serve=lambda: self._lease.trusted,
-            clock=self._clock, wall_clock=self._wall_clock,
+            clock=self._clock, wall_clock=self._wall_clock, counters=counters,
         )  # fmt: skip
         self._handover = Handover(
             host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, link=self._link,
             transfer_link=self._transfer_link, directory=self._directory, subjects=subjects, settings=settings,
-            clock=self._clock,
+            clock=self._clock, failpoints=self._failpoints,
         )  # fmt: skip
         self.router = Router(
             self._link, self._directory, subjects, sender=self.id, local=self.host, wall_clock=self._wall_clock,
@@ -114,14 +120,25 @@ class Node:
         log.info("node up", node=self.id, incarnation=self.incarnation, actors=self._classes.types)
 
     async def _take_lease(self) -> None:
-        """An earlier life of this node may still hold the lease; it runs out unless that life is not over."""
+        """An earlier life of this node may still hold the lease; it runs out unless that life is not over.
+
+        A stream that another node has just made may not answer yet: its replicas elect their leader first.
+        """
         deadline_s = self._clock() + self._settings.node_lease_s + 2
         first: int | None = None
-        while not await self._lease.hold(self._lease_document()):
-            _, sequence = await self._lease.holder()
-            first = first if first is not None else sequence
-            if sequence != first or self._clock() > deadline_s:
-                raise InvalidInput(f"node id {self.id!r} is in use by a living node: choose another --id")
+        while True:
+            try:
+                if await self._lease.hold(self._lease_document()):
+                    return
+                _, sequence = await self._lease.holder()
+            except TransientError as error:
+                if self._clock() > deadline_s:
+                    raise
+                log.info("lease not taken yet", node=self.id, error=str(error))
+            else:
+                first = first if first is not None else sequence
+                if sequence != first or self._clock() > deadline_s:
+                    raise InvalidInput(f"node id {self.id!r} is in use by a living node: choose another --id")
             await asyncio.sleep(TICK_S)
 
     async def _subscribe(self, subjects: Subjects) -> None:
@@ -243,7 +260,10 @@ class Node:
             if message.reply:
                 self.spawn(self._reply(message.reply, encode_answer(Answer(error=error))))
             return
-        self.host.deliver(Delivery(command=command, size_bytes=len(message.payload), reply=message.reply))
+        sender = message.subject.rpartition(".")[2]
+        self.host.deliver(
+            Delivery(command=command, size_bytes=len(message.payload), sender=sender, reply=message.reply)
+        )
 
     def _on_control(self, message: Message) -> None:
         self.spawn(self._control(message.subject.rpartition(".")[2], message))
@@ -256,6 +276,8 @@ class Node:
             self._failpoints.hit(verb)
             result: dict[str, Any] | Exception = await run(control.decode(message.payload, schema))
         except FerryError as error:
+            if type(error) is InvalidInput:  # its subclasses are about what is installed, not about the message
+                self.host.counters["malformed"] += 1
             log.info("refused", verb=verb, error=str(error))
             result = error
         if message.reply:
@@ -266,8 +288,12 @@ class Node:
         try:
             self._arrivals.receive(message.payload)
         except FerryError as error:
+            if type(error) is InvalidInput:
+                self.host.counters["malformed"] += 1
+            log.info("chunk refused", subject=message.subject, error=str(error))
             result = error
-        self.spawn(self._reply(message.reply, control.encode_result(result), link=self._transfer_link))
+        if message.reply:
+            self.spawn(self._reply(message.reply, control.encode_result(result), link=self._transfer_link))
 
     async def _reply(self, reply: str, payload: bytes, *, link: Link | None = None) -> None:
         try:

@@ -15,13 +15,12 @@ from runtime.codec import (
     number,
     numbers,
     restore_state,
-    sequence,
     split,
     text,
     unpack,
 )
 from runtime.live_actor import LiveActor
-from runtime.memory import AnsweredCommands, check_answered
+from runtime.memory import Limits, Memory, check_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +31,13 @@ class Portable:
     version: int
     epoch: int
     trail: tuple[int, ...]
-    answered: list[list[Any]]
+    memory: dict[str, Any]
     frame: Frame
 
     def encode(self) -> bytes:
         header = {
             "actor": str(self.actor_id), "version": self.version, "epoch": self.epoch, "trail": self.trail,
-            "answered": self.answered, **frame_header(self.frame),
+            "memory": self.memory, **frame_header(self.frame),
         }  # fmt: skip
         return join(header, self.frame.body)
 
@@ -49,10 +48,10 @@ class Portable:
         return cls(
             actor_id=ActorId.parse(text(header, "actor")), version=number(header, "version"),
             epoch=number(header, "epoch"), trail=numbers(header, "trail"),
-            answered=check_answered(sequence(header, "answered")), frame=frame_of(header, body),
+            memory=check_memory(header.get("memory")), frame=frame_of(header, body),
         )  # fmt: skip
 
-    def activate(self, classes: ActorClasses, *, window: int, max_state_bytes: int, used_at_s: float) -> LiveActor:
+    def activate(self, classes: ActorClasses, *, limits: Limits, max_state_bytes: int, used_at_s: float) -> LiveActor:
         """An inactive actor to be verified against the log before its first use.
 
         Raises StateNotPortable, UnknownActorType, PayloadTooLarge: the destination's code cannot take it over.
@@ -60,7 +59,7 @@ class Portable:
         actor_class = classes.get(self.actor_id.actor_type)
         instance = restore_state(actor_class, unpack(self.frame, max_bytes=max_state_bytes), self.frame.schema)
         live = LiveActor(self.actor_id, used_at_s=used_at_s)
-        answered = AnsweredCommands.from_document(self.answered, window)
-        live.stand_at(instance, answered, version=self.version, epoch=self.epoch, trail=self.trail)
+        memory = Memory.from_document(self.memory, limits)
+        live.stand_at(instance, memory, version=self.version, epoch=self.epoch, trail=self.trail)
         live.unverified, live.state_bytes = True, self.frame.state_bytes
         return live

@@ -14,7 +14,7 @@ ABORT when its pause lease runs out.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,11 +44,16 @@ class Pause:
 
 
 class Buffer:
-    """Commands waiting at a closed gate, bounded by count and bytes; over the bound the sender is told to come back."""
+    """Commands waiting at a closed gate, bounded by count, bytes and sender; over a bound they are sent back ("busy").
 
-    def __init__(self, max_messages: int, max_bytes: int) -> None:
+    `per_sender` (None: no such bound) keeps one busy client from taking the room of all others.
+    """
+
+    def __init__(self, max_messages: int, max_bytes: int, *, per_sender: int | None = None) -> None:
         self._max_messages, self._max_bytes = max_messages, max_bytes
+        self._per_sender = max_messages if per_sender is None else per_sender
         self._waiting: deque[Delivery] = deque()
+        self._of_sender: Counter[str] = Counter()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -58,18 +63,28 @@ class Buffer:
         """Raises Busy when full."""
         if len(self._waiting) >= self._max_messages or self._bytes + delivery.size_bytes > self._max_bytes:
             raise Busy(f"{len(self._waiting)} commands wait for a move already: retry shortly", retry_after_s=0.05)
+        if self._of_sender[delivery.sender] >= self._per_sender:
+            raise Busy(
+                f"{self._per_sender} of your commands wait for a move already: retry shortly", retry_after_s=0.05
+            )
         self._waiting.append(delivery)
-        self._bytes += delivery.size_bytes
+        self._count(delivery)
 
     def put_first(self, deliveries: list[Delivery]) -> None:
         """What was queued before the gate closed goes before what came after; it was accepted, so no bound applies."""
         self._waiting.extendleft(reversed(deliveries))
-        self._bytes += sum(delivery.size_bytes for delivery in deliveries)
+        for delivery in deliveries:
+            self._count(delivery)
 
     def take_all(self) -> list[Delivery]:
         taken, self._bytes = list(self._waiting), 0
         self._waiting.clear()
+        self._of_sender.clear()
         return taken
+
+    def _count(self, delivery: Delivery) -> None:
+        self._bytes += delivery.size_bytes
+        self._of_sender[delivery.sender] += 1
 
 
 class Unit:
@@ -100,6 +115,17 @@ class Unit:
         if self.state is UnitState.PAUSED and self.pause is not None:
             return Held(self.pause.epoch, self.pause.move)
         return None
+
+    @property
+    def paused_until(self) -> tuple[str, float] | None:
+        """(the move it is paused for, the end of the pause lease), for `rules.overdue`."""
+        return None if self.pause is None else (self.pause.move, self.pause.lease_until_s)
+
+    @property
+    def locked_since(self) -> tuple[str, float] | None:
+        """(the move it is locked for, since when that is known here), for `rules.overdue`."""
+        move = self.ownership.move if self.ownership is not None else None
+        return None if move is None or self.locked_since_s is None else (move, self.locked_since_s)
 
     def mailbox_started(self) -> None:
         self.running += 1

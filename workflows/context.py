@@ -7,21 +7,25 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from routing import control, shard_map
 from routing.birth import read_birth
-from routing.control import StepRequest
+from routing.control import ROWS_PER_PAGE, StepRequest
 from routing.directory import Directory, MapEntry
-from routing.errors import NotApplicable, Timeout, Unavailable, WrongSequence
+from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable, WrongSequence
 from routing.failpoints import Failpoints
+from routing.jsonlike import shown
 from routing.link import Link
 from routing.nats_link import NatsLink
 from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
+from workflows import settlement
 from workflows.records import TERMINAL, ActorRow, MigrationStatus, Move, advance
+from workflows.settlement import Settlement
 from workflows.store import RecordStore
 
 T = TypeVar("T")
@@ -55,8 +59,11 @@ class StepContext:
         offset: int | None = 0
         while offset is not None:
             page = await self.ask(node, verb, move, offset=offset)
+            following = page.get("next")
+            if not isinstance(page.get("rows"), list) or not (following is None or following == offset + ROWS_PER_PAGE):
+                raise InvalidInput(f"{node} answered {verb} with {shown(page)}: expected a page of rows")
             rows.extend(page["rows"])
-            offset = page["next"]
+            offset = following
         return rows
 
     # -- writing down ------------------------------------------------------------------------------------------------
@@ -95,50 +102,53 @@ class StepContext:
 
         Raises Unavailable, Timeout, InDoubt: the outcome is not known yet, ask again.
         """
-        move = await self.store.move(move_id)
-        if move is None or move.status in TERMINAL:
-            return move
-        outcome = await self._outcome(move)
-        if outcome is Outcome.COMMITTED:
-            return await self._end(move, MigrationStatus.COMPLETED)
+        for _ in range(SAVE_ATTEMPTS):
+            move = await self.store.move(move_id)
+            if move is None or move.status in TERMINAL:
+                return move
+            try:
+                return await self._end(move, error)
+            except WrongSequence:
+                continue  # it advanced meanwhile, or was launched even: what was concluded may no longer be true
+        raise Unavailable(f"record of move {move_id} changed {SAVE_ATTEMPTS} times while being ended: try again")
+
+    async def _end(self, move: Move, error: str | None) -> Move:
+        """Write down how `move` ended, as the map tells now. Raises WrongSequence when its record has changed."""
+        if await self._outcome(move) is Outcome.COMMITTED:
+            return await self.reached(move, MigrationStatus.COMPLETED)
         plan = await self.store.plan(move.plan_id)
         cancelled = move.started_at is None or (plan is not None and plan.cancelled)
         status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.ROLLED_BACK
-        return await self._end(move, status, error=error or move.error or "aborted: nobody drove it on in time")
-
-    async def _end(self, move: Move, status: MigrationStatus, **changes: Any) -> Move:
-        for _ in range(SAVE_ATTEMPTS):
-            try:
-                return await self.reached(move, status, **changes)
-            except WrongSequence:
-                current = await self.store.move(move.id)
-                if current is None or current.status in TERMINAL:
-                    return current or move
-                move = current  # it has only advanced a step meanwhile
-        raise Unavailable(f"record of move {move.id} changed {SAVE_ATTEMPTS} times while being ended: try again")
+        return await self.reached(move, status, error=error or move.error or "aborted: nobody drove it on in time")
 
     async def _outcome(self, move: Move) -> Outcome:
         """How the map ended this move; a lock still held is aborted, and one still in flight is fenced off."""
-        unit, move_id = move.unit, move.id
 
         def change(view: shard_map.Ownership) -> shard_map.Ownership:
-            if view.move == move_id:
-                return shard_map.abort(view, move=move_id)
-            entry = self.directory.get(unit)
-            if entry is not None and entry.revision == move.lock_revision and view.outcome_of(move_id) is None:
-                return replace(view)  # the key unchanged, at a new revision: a LOCK still on its way is now refused
-            raise NotApplicable(f"{unit} is not locked for {move_id}")
+            match self._settlement(move):
+                case Settlement.ABORT:
+                    return shard_map.abort(view, move=move.id)
+                case Settlement.FENCE:
+                    return replace(view)
+                case verdict:
+                    raise NotApplicable(f"nothing to write for {move.id}: {verdict}")
 
-        entry: MapEntry | None
-        try:
-            entry = await self.directory.decide(unit, change)
-        except NotApplicable:
-            entry = self.directory.get(unit)
-        if entry is None:
-            return Outcome.ABORTED
-        if move.lock_revision is not None and entry.revision < move.lock_revision:
-            raise Unavailable(f"{unit} was read at an old revision: read again")
-        return entry.ownership.outcome_of(move_id) or Outcome.ABORTED
+        with suppress(NotApplicable):
+            await self.directory.decide(move.unit, change)
+        match self._settlement(move):
+            case Settlement.COMMITTED:
+                return Outcome.COMMITTED
+            case Settlement.ABORTED:
+                return Outcome.ABORTED
+            case verdict:
+                raise Unavailable(f"{move.unit} was read too early to tell how {move.id} ends ({verdict}): read again")
+
+    def _settlement(self, move: Move) -> Settlement:
+        entry = self.directory.get(move.unit)
+        return settlement.settlement(
+            entry.ownership if entry is not None else None, entry.revision if entry is not None else 0,
+            move=move.id, lock_revision=move.lock_revision,
+        )  # fmt: skip
 
 
 class Worker:

@@ -16,22 +16,25 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import structlog
 
 from routing import control
+from routing.address import ActorId
 from routing.birth import found_or_join
 from routing.control import COORDINATOR
 from routing.directory import Directory, MapEntry
-from routing.errors import FerryError, InDoubt, NotApplicable, TransientError, Unavailable
+from routing.errors import FerryError, InDoubt, InvalidInput, NotApplicable, TransientError, Unavailable
+from routing.jsonlike import shown
 from routing.lease import Lease, boottime_s
 from routing.link import Entry, Link, Message, Subscription
 from routing.membership import OBSERVER_MARGIN_S, Member, Membership
 from routing.placement import ConsistentHashPlacement
 from routing.settings import Settings
-from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, kv_stream, kv_subject
+from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, kv_stream, kv_subject, shard_of_key
 from workflows import planner, reconciler
 from workflows.admission import Admission
 from workflows.assignment import Assignment, shard_in
@@ -58,6 +61,7 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self.name, self.incarnation = name, uuid.uuid4().hex
         self.leading, self.suspended = False, False
+        self.counters: Counter[str] = Counter()
         self._settings, self._link, self._store, self._launch = settings, link, store, launch
         self._clock, self._wall_clock = clock, wall_clock
         self._placement = ConsistentHashPlacement()
@@ -82,8 +86,12 @@ class Coordinator:
             self._link, subjects.lease_bucket, LEADER_KEY, incarnation=self.incarnation,
             ttl_s=settings.leader_lease_s, clock=self._clock,
         )  # fmt: skip
-        self.directory = Directory(self._link, subjects, shards_total=born.shards, timeout_s=timeout_s)
-        self.membership = Membership(self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock)
+        self.directory = Directory(
+            self._link, subjects, shards_total=born.shards, timeout_s=timeout_s, counters=self.counters
+        )
+        self.membership = Membership(
+            self._link, subjects, node_lease_s=settings.node_lease_s, clock=self._clock, counters=self.counters
+        )
         context = StepContext(
             link=self._link, subjects=subjects, directory=self.directory, store=self._store, settings=settings,
             wall_clock=self._wall_clock,
@@ -275,12 +283,11 @@ class Coordinator:
         async def of(node: str) -> tuple[str, planner.Inventory]:
             try:
                 answer = await control.ask(self._link, self._subjects, node, "inventory", timeout_s=INVENTORY_S)
-            except TransientError as error:
+                return node, _inventory(answer)
+            except (TransientError, InvalidInput) as error:
+                self.counters["malformed"] += isinstance(error, InvalidInput)
                 log.warning("no inventory: its actors are found at capture", node=node, error=str(error))
                 return node, {}
-            return node, {
-                shard_in(unit): [(a, int(size)) for a, size in rows] for unit, rows in answer["units"].items()
-            }
 
         return dict(await asyncio.gather(*(of(node) for node in nodes)))
 
@@ -342,11 +349,36 @@ class Coordinator:
             run: Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] = self._desk.verb(verb)
             result = await run(control.decode(message.payload))
         except FerryError as error:
+            if type(error) is InvalidInput:
+                self.counters["malformed"] += 1
+            log.info("refused", verb=verb, error=str(error))
             result = error
+        if not message.reply:
+            return
         try:
             await self._link.publish(message.reply, control.encode_result(result))
         except FerryError as error:
             log.warning("answer not sent", verb=verb, error=str(error))
+
+
+def _inventory(answer: Mapping[str, Any]) -> planner.Inventory:
+    """shard -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
+    found: dict[int, list[tuple[str, int]]] = {}
+    units = answer.get("units")
+    for unit, rows in units.items() if isinstance(units, dict) else [("units", units)]:
+        shard = shard_of_key(unit)
+        if shard is None or not isinstance(rows, list):
+            raise InvalidInput(f"inventory names {shown(unit)} with {shown(rows)}: expected a shard with its actors")
+        found[shard] = [_actor_and_size(row) for row in rows]
+    return found
+
+
+def _actor_and_size(row: Any) -> tuple[str, int]:
+    match row:
+        case [str(actor), int(size)] if size >= 0:
+            return str(ActorId.parse(actor)), size
+        case _:
+            raise InvalidInput(f"inventory has {shown(row)}: expected [actor, bytes of its state]")
 
 
 def _move_of(plan_id: str, planned: PlannedMove, now: float) -> Move:

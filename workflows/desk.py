@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from routing.errors import InvalidInput, NotApplicable, Unavailable
+from routing.jsonlike import shown
 from routing.link import Link
 from routing.subjects import SUSPENDED_KEY, Subjects, kv_subject, shard_key
 from workflows import planner
@@ -68,12 +69,12 @@ class Desk:
 
     async def migrate(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Move one shard. Raises InvalidInput for an unknown shard or node, NotApplicable when it cannot go there."""
-        shard, destination = asked.get("shard"), str(asked.get("destination"))
+        shard, destination = asked.get("shard"), asked.get("destination")
         directory, alive = self._coordinator.directory, self._coordinator.membership.alive()
-        if not isinstance(shard, int) or not 0 <= shard < directory.shards_total:
-            raise InvalidInput(f"shard {shard!r} is unknown: this cluster has 0 to {directory.shards_total - 1}")
-        if destination not in alive:
-            raise InvalidInput(f"node {destination!r} is unknown: nodes are {', '.join(alive) or 'none'}")
+        if type(shard) is not int or not 0 <= shard < directory.shards_total:  # a bool is an int as well
+            raise InvalidInput(f"shard {shown(shard)} is unknown: this cluster has 0 to {directory.shards_total - 1}")
+        if not isinstance(destination, str) or destination not in alive:
+            raise InvalidInput(f"node {shown(destination)} is unknown: nodes are {', '.join(alive) or 'none'}")
         if not alive[destination].takes_shards:
             raise NotApplicable(f"node {destination} is {alive[destination].state}: it takes no shards")
         if destination not in self._coordinator.takers():
@@ -97,9 +98,10 @@ class Desk:
 
     async def cancel(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Stop a plan: what is not launched is cancelled, what has not committed rolls back. Answers `{"stopped"}`."""
-        plan = await self._store.plan(str(asked.get("plan")))
+        plan_id = asked.get("plan")
+        plan = await self._store.plan(plan_id) if isinstance(plan_id, str) else None
         if plan is None:
-            raise InvalidInput(f"plan {asked.get('plan')!r} is unknown: `ferry status` names the latest")
+            raise InvalidInput(f"plan {shown(plan_id)} is unknown: `ferry status` names the latest")
         if plan.finished_at is not None:
             raise NotApplicable(f"plan {plan.id} has ended already: nothing to cancel")
         await self._store.save_plan(replace(plan, cancelled=True))

@@ -21,9 +21,7 @@ from workflows.store import RecordStore
 log = structlog.get_logger("ferry.reconciler")
 
 EVERY_S = 1.0
-STUCK_S = 6.0  # without advance before a step is sent again: more than a step's timeout, less than the pause lease
-ORPHAN_S = 30.0  # a plan that is just being written must not be taken for a dead leader's
-LAG_S = 2.0  # how long a record may lag behind the map before the reconciler writes it
+STUCK_STEPS = 1.2  # step timeouts without advance before a step is sent again: more than one, less than the pause lease
 RELAUNCHES = 2  # then a move that does not advance is ended
 
 
@@ -36,6 +34,10 @@ class Reconciler:
     ) -> None:  # fmt: skip
         self._store, self._directory, self._context, self._admission = store, directory, context, admission
         self._records_kept, self._wall_clock = records_kept, wall_clock
+        settings = context.settings
+        self._stuck_s = STUCK_STEPS * settings.step_timeout_s
+        self._orphan_s = settings.lock_lease_s  # a plan that is just being written must not be taken for a dead leader's
+        self._lag_s = settings.append_timeout_s  # how long a record may lag behind the map before it is written here
         self._relaunched: Counter[str] = Counter()
 
     async def reconcile(self) -> list[MigrationPlan]:
@@ -54,15 +56,15 @@ class Reconciler:
 
     async def _look_at(self, move: Move) -> None:
         if move.started_at is None:
-            if self._wall_clock() - move.created_at > ORPHAN_S:
+            if self._wall_clock() - move.created_at > self._orphan_s:
                 await self._context.settle(move.id, error="its plan was never completed: the leader died")
             return
         idle_s = self._wall_clock() - (move.step_at or move.started_at)
         entry = self._directory.get(move.unit)
         if entry is None or entry.ownership.outcome_of(move.id) is not None:
-            if idle_s > LAG_S:
+            if idle_s > self._lag_s:
                 await self._context.settle(move.id)
-        elif idle_s > STUCK_S:
+        elif idle_s > self._stuck_s:
             await self._drive_on(move, locked=entry.ownership.move == move.id)
 
     async def _drive_on(self, move: Move, *, locked: bool) -> None:

@@ -18,12 +18,13 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 import marshmallow
-import orjson
 from marshmallow import validate
 
+from routing import jsonlike
 from routing.address import ActorId
 from routing.errors import InvalidInput, NotApplicable
 
+FAULT_CHARACTERS = 200  # a fault repeats a name that somebody sent
 STEPS = ("pause", "capture", "serialize", "send", "await_ack", "delete")
 
 
@@ -284,9 +285,9 @@ def from_document(kind: type[R], document: Mapping[str, Any] | bytes) -> R:
     the faults.
     """
     try:
-        read = orjson.loads(document) if isinstance(document, bytes) else document
+        read = jsonlike.loads(document) if isinstance(document, bytes) else document
         record: R = _SCHEMAS[kind].load(read)
-    except orjson.JSONDecodeError as error:
+    except ValueError as error:
         raise InvalidInput(f"{kind.__name__} is not JSON: {error}") from error
     except marshmallow.ValidationError as error:
         raise InvalidInput(f"{kind.__name__} is malformed: {_one_line(_faults(error.messages))}") from error
@@ -371,6 +372,7 @@ def _schema_of(record: type, **special: Any) -> _Schema:
 
 def _one_line(faults: list[str]) -> str:
     """The first few: a request of ten thousand actors must not become a message of as many faults."""
+    faults = [" ".join(fault.split())[:FAULT_CHARACTERS] for fault in faults[:5]] + faults[5:]
     return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
 
 

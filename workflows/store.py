@@ -6,24 +6,29 @@ reports, not actors.
 
 Every method raises Unavailable when Redis cannot serve it within `timeout_s`, or twelve times that for many records. A
 write may then have landed all the same: repeat it, and read the record again when that raises WrongSequence.
+
+A record that cannot be read is logged, counted and left out: it must not hide all others, nor stop the leader.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import orjson
+import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
+from routing.jsonlike import shown
 from workflows.records import (
     TERMINAL,
     ActorMigration,
@@ -39,6 +44,8 @@ from workflows.records import (
 )
 from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
 
+log = structlog.get_logger("ferry.store")
+
 CONNECTIONS = 16  # per process; more callers than that wait for one, at most `timeout_s`
 BATCH = 200  # moves written in one round trip: with forty actors each about 2 MB, far below any limit of Redis
 RUNNING_PLANS = 1_000  # read at once; one or two run as a rule
@@ -53,6 +60,7 @@ _OUTAGES = (
 )  # fmt: skip
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -98,6 +106,7 @@ class RecordStore:
 
     def __init__(self, redis: Redis, cluster: str, *, timeout_s: float = 5.0) -> None:
         self._redis, self._timeout_s = redis, timeout_s
+        self.counters: Counter[str] = Counter()
         self._keys = Keys(cluster)
         self._save_move = redis.register_script(SAVE_MOVE)
         self._save_plan = redis.register_script(SAVE_PLAN)
@@ -273,7 +282,8 @@ class RecordStore:
     async def audit(self, limit: int = 100) -> list[AuditEvent]:
         """The latest changes of a move's status, newest first."""
         entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
-        return [_audit_event(entry) for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
+        stored = (entry for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries))
+        return self._legible(_audit_event, stored)
 
     @_one_trip
     async def note(self, event: ClusterEvent) -> None:
@@ -285,10 +295,8 @@ class RecordStore:
     async def events(self, limit: int = 20) -> list[ClusterEvent]:
         """The latest events of the cluster, newest first."""
         entries = await self._redis.xrevrange(self._keys.events, count=limit) if limit > 0 else []
-        return [
-            from_document(ClusterEvent, entry[b"event"])
-            for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)
-        ]
+        stored = (entry.get(b"event", b"") for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries))
+        return self._legible(partial(from_document, ClusterEvent), stored)
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
     @_many_trips
@@ -317,7 +325,7 @@ class RecordStore:
             for plan_id in ids:
                 pipe.hgetall(self._keys.plan(plan_id))
             hashes = await pipe.execute() if ids else []
-        return [_plan(stored) for stored in hashes if stored]
+        return self._legible(_plan, filter(None, hashes))
 
     async def _moves(self, ids: Sequence[str]) -> list[Move]:
         """Those of the moves that are still stored, in the order of `ids`."""
@@ -325,15 +333,25 @@ class RecordStore:
             for move_id in ids:
                 pipe.hget(self._keys.move(move_id), "document")
             documents = await pipe.execute() if ids else []
-        return [from_document(Move, document) for document in documents if document is not None]
+        return self._legible(partial(from_document, Move), (document for document in documents if document is not None))
 
     async def _rows(self, move_ids: Sequence[str]) -> list[list[ActorRow]]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for move_id in move_ids:
                 pipe.hvals(self._keys.rows(move_id))
             stored = await pipe.execute() if move_ids else []
-        rows = ([from_document(ActorRow, document) for document in documents] for documents in stored)
+        rows = (self._legible(partial(from_document, ActorRow), documents) for documents in stored)
         return [sorted(of_one_move, key=lambda row: row.index) for of_one_move in rows]
+
+    def _legible(self, read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
+        records = []
+        for document in stored:
+            try:
+                records.append(read(document))
+            except InvalidInput as error:
+                self.counters["malformed"] += 1
+                log.error("record ignored", document=shown(document), error=str(error))
+        return records
 
     async def _pages(
         self, *, plan: str | None = None, shard: int | None = None, status: MigrationStatus | None = None
@@ -419,9 +437,13 @@ def _accepted(move: Move, verdict: Sequence[int]) -> Move:
 
 
 def _plan(stored: Mapping[bytes, bytes]) -> MigrationPlan:
-    """Fields that were never set are not stored, so that the script can set them once."""
+    """Fields that were never set are not stored, so that the script can set them once. Raises InvalidInput."""
     unset = dict.fromkeys(f.name for f in fields(MigrationPlan))
-    return from_document(MigrationPlan, unset | {name.decode(): orjson.loads(value) for name, value in stored.items()})
+    try:
+        found = {name.decode(): orjson.loads(value) for name, value in stored.items()}
+    except ValueError as error:
+        raise InvalidInput(f"plan is not JSON: {shown(error)}") from error
+    return from_document(MigrationPlan, unset | found)
 
 
 def _event(move: Move) -> bytes:
@@ -432,8 +454,12 @@ def _event(move: Move) -> bytes:
 
 
 def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
-    statuses = {name: entry[name.encode()].decode() for name in ("before", "after")}
-    return from_document(AuditEvent, orjson.loads(entry[b"event"]) | statuses)
+    """Raises InvalidInput."""
+    try:
+        statuses = {name: entry[name.encode()].decode() for name in ("before", "after")}
+        return from_document(AuditEvent, {**orjson.loads(entry[b"event"]), **statuses})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"audit event is malformed: {shown(error)}") from error
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -34,8 +34,8 @@ PATIENT = {"pause_lease_s": 50.0, "lock_lease_s": 55.0, "visibility_timeout_s": 
 @pytest.fixture(autouse=True)
 def reconciling_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator that takes a move for stuck after a second, not six."""
-    for name, seconds in {"STUCK_S": 1.0, "LAG_S": 0.5, "EVERY_S": 0.2}.items():
-        monkeypatch.setattr(reconciler, name, seconds)
+    for name, value in {"STUCK_STEPS": 0.2, "EVERY_S": 0.2}.items():
+        monkeypatch.setattr(reconciler, name, value)
 
 
 @asynccontextmanager

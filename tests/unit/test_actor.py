@@ -26,7 +26,7 @@ from runtime.actor import Actor, ActorClasses, command, event, query, run
 from runtime.codec import capture_state
 from runtime.journal import Kind, Record
 from runtime.live_actor import LiveActor, replay
-from runtime.memory import AnsweredCommands
+from runtime.memory import Limits, Memory
 from tests.unit.virtual_time import run_virtually
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -214,7 +214,7 @@ def test_an_event_with_other_values_than_the_handler_takes_is_not_portable() -> 
     logged = Record(kind=Kind.COMMAND, epoch=1, incarnation="a-1", events=[["put_down", {"page": "p"}]])
 
     with pytest.raises(StateNotPortable):
-        replay(Notebook(), AnsweredCommands(3), logged)
+        replay(Notebook(), Memory(Limits(3, 3)), logged)
 
 
 def test_an_event_sees_what_will_be_read_back() -> None:
@@ -533,7 +533,7 @@ async def test_a_command_that_leaves_a_state_no_node_could_take_over_is_refused(
             self.items[sku] = 1
 
     live = LiveActor(ActorId("cart", "q"), used_at_s=0.0)
-    live.stand_at(Cart(), AnsweredCommands(8), version=0, epoch=0, trail=())
+    live.stand_at(Cart(), Memory(Limits(8, 8)), version=0, epoch=0, trail=())
     wrong = Command(actor=live.actor_id, name="add", arguments={"sku": 5}, message_id="m", expires_ms=0)
 
     record = await live.evaluate(Cart.handlers["add"], wrong, epoch=1, incarnation="i")

@@ -28,10 +28,9 @@ OWNERSHIPS = st.builds(
     Ownership,
     owner=st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True),
     incarnation=st.none() | st.from_regex(r"[0-9a-f]{8}", fullmatch=True),
-    epoch=st.integers(1, 2**53),
-    last=st.none()
-    | st.builds(LastMove, move=NAMES, outcome=st.sampled_from(list(Outcome)), epoch=st.integers(1, 2**53)),
-    fence=st.integers(0, 2**53),
+    epoch=st.integers(100, 2**53),
+    last=st.none() | st.builds(LastMove, move=NAMES, outcome=st.sampled_from(list(Outcome)), epoch=st.integers(1, 100)),
+    fence=st.integers(0, 100),
 )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from routing.errors import InvalidInput, PermanentError
+from routing.errors import InvalidInput, PermanentError, Unavailable
 from routing.failpoints import Failpoints
 
 
@@ -67,4 +70,77 @@ def test_a_kill_point_is_a_sigkill() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30, check=False)
 
     assert ended.returncode == -signal.SIGKILL
-    assert ended.stdout == b""
+    assert b"alive" not in ended.stdout
+
+
+def test_a_stopped_process_stands_exactly_at_the_point_and_goes_on_when_told() -> None:
+    """What a nemesis needs: time to strike somebody while the protocol stands there."""
+    # given a process that stops itself
+    program = "from routing.failpoints import Failpoints\nFailpoints('commit=stop').hit('commit')\nprint('went on')"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        # when it has, which the kernel tells its parent
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=30)
+
+    # then it had not gone on before it was told
+    assert b"went on" in said
+    assert process.returncode == 0
+
+
+# -- points in a file ------------------------------------------------------------------------------------------------
+def test_a_file_arms_and_disarms_points_of_a_running_process(tmp_path: Path) -> None:
+    """What the file says when the point is passed holds."""
+    file = tmp_path / "points"
+    file.write_text("")
+    failpoints = Failpoints(f"@{file}")
+
+    failpoints.hit("commit")
+    file.write_text("commit=error*1")
+    with pytest.raises(PermanentError):
+        failpoints.hit("commit")
+    failpoints.hit("commit")
+    file.write_text("verify=unavailable")
+    with pytest.raises(Unavailable):
+        failpoints.hit("verify")
+    failpoints.hit("commit")
+    file.write_text("")
+    failpoints.hit("verify")
+
+
+def test_counts_begin_anew_when_the_file_changes(tmp_path: Path) -> None:
+    """So that one point can be armed again and again; a file that says the same as before changes nothing."""
+    file = tmp_path / "points"
+    file.write_text("commit=error*1")
+    failpoints = Failpoints(f"@{file}")
+
+    for said in ("commit=error*1", "commit=error*1 "):
+        file.write_text(said)
+        with pytest.raises(PermanentError):
+            failpoints.hit("commit")
+        file.write_text(said)
+        failpoints.hit("commit")
+
+
+def test_a_file_that_turns_malformed_or_goes_away_arms_nothing_and_is_reported_once(tmp_path: Path) -> None:
+    """A running process is not harmed by somebody's typo, and does not hide it either."""
+    file = tmp_path / "points"
+    file.write_text("commit=error")
+    failpoints = Failpoints(f"@{file}")
+
+    with capture_logs() as logged:
+        file.write_text("commit=explode")
+        failpoints.hit("commit")
+        failpoints.hit("commit")
+        file.unlink()
+        failpoints.hit("commit")
+        failpoints.hit("commit")
+
+    assert [entry["event"] for entry in logged] == ["failpoints ignored"] * 2
+
+
+def test_a_file_that_is_not_there_is_refused_at_start_up(tmp_path: Path) -> None:
+    """As any malformed specification: a nemesis that watches another file would never strike."""
+    with pytest.raises(InvalidInput, match="create it"):
+        Failpoints(f"@{tmp_path / 'points'}")

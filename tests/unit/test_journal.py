@@ -34,6 +34,7 @@ from tests.unit.virtual_time import until, virtually
 SETTINGS = Settings(shards=4)
 ACTOR = ActorId("jar", "k")
 OTHER = ActorId("jar", "other")
+MEMORY = {"commands": [["m", 1]], "sessions": {"floor": 0, "known": [["5-00000000", 1, [[1, "one"]]]]}}
 FRAME = pack(b'{"coins":[1]}', schema=1, max_bytes=1000, actor=ACTOR)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 JSON = st.recursive(
@@ -54,7 +55,7 @@ RECORDS = st.one_of(
         **COMMON,
     ),
     st.builds(Record, kind=st.just(Kind.CLAIM), **COMMON),
-    st.builds(Record, kind=st.just(Kind.SNAPSHOT), frame=st.just(FRAME), answered=st.just([["m", 1]]), **COMMON),
+    st.builds(Record, kind=st.just(Kind.SNAPSHOT), frame=st.just(FRAME), memory=st.just(MEMORY), **COMMON),
 )
 
 
@@ -65,7 +66,7 @@ def applied(number: int, trail: tuple[int, ...] = (), **changes: Any) -> Record:
 
 
 def snapshot(**changes: Any) -> Record:
-    return replace(Record(kind=Kind.SNAPSHOT, epoch=1, incarnation="a-1", frame=FRAME, answered=[["m", 1]]), **changes)
+    return replace(Record(kind=Kind.SNAPSHOT, epoch=1, incarnation="a-1", frame=FRAME, memory=MEMORY), **changes)
 
 
 class Store:

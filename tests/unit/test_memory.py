@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.errors import InvalidInput, Rejected, to_wire
-from runtime.memory import AnsweredCommands
+from routing.session_id import IN_FLIGHT
+from runtime.memory import AnsweredCommands, Limits, Memory
 
 ENTRIES = st.lists(
     st.tuples(st.integers(0, 12).map(lambda n: f"m-{n}"), st.integers() | st.text(), st.booleans()), max_size=30
@@ -91,10 +93,98 @@ def test_the_document_does_not_change_with_what_comes_later() -> None:
     assert [entry[0] for entry in document] == ["m"]
 
 
-@pytest.mark.parametrize(
-    "entry", [None, 7, "m", [], ["m"], [1, 2], ["m", 1, {"kind": "Rejected"}], ["m", None, "no"], ["m", None, {}, 1]]
-)
+DAMAGED = [None, 7, "m", [], ["m"], [1, 2], ["m", 1, {"kind": "Rejected"}], ["m", None, "no"], ["m", None, {}, 1]]
+
+
+@pytest.mark.parametrize("entry", DAMAGED)
 def test_a_damaged_window_is_invalid_input(entry: Any) -> None:
     """A wrong answer remembered would be given to whoever repeats the command."""
     with pytest.raises(InvalidInput):
         AnsweredCommands.from_document([["fine", 1], entry], 10)
+
+
+# -- sender sessions ---------------------------------------------------------------------------------------------------
+def session_id(opened: int) -> str:
+    return f"{opened}-00000000"
+
+
+LIMITS = Limits(commands=8, sessions=3)
+NUMBERED = st.lists(st.tuples(st.integers(1, 6), st.booleans()), max_size=60)
+
+
+def numbered(calls: list[tuple[int, bool]], memory: Memory) -> dict[int, int]:
+    """Each call is the next command of session `opened`; returns the last number of each."""
+    last: dict[int, int] = {}
+    for opened, refused in calls:
+        last[opened] = number = (memory.sessions.last(session_id(opened)) or 0) + 1
+        memory.add("-", None if refused else number, NO if refused else None, session=session_id(opened), number=number)
+    return last
+
+
+def test_numbered_commands_leave_the_window_of_plain_ids_alone() -> None:
+    """A busy session must not push out what plain senders still may repeat."""
+    memory = Memory(LIMITS)
+    memory.add("plain", 1, None)
+
+    numbered([(1, False)] * 100, memory)
+
+    assert memory.commands.answer_to("plain") is not None
+    assert memory.sessions.last(session_id(1)) == 100
+
+
+def test_as_many_replies_are_kept_as_a_sender_may_wait_for() -> None:
+    """Any command a sender can still be waiting for gets the reply it got before; what is older is gone."""
+    memory = Memory(LIMITS)
+    numbered([(1, False)] * (IN_FLIGHT + 5), memory)
+
+    kept = [memory.sessions.answer_to(session_id(1), n) is not None for n in range(1, IN_FLIGHT + 6)]
+
+    assert kept == [False] * 5 + [True] * IN_FLIGHT
+
+
+def test_a_forgotten_session_leaves_the_floor_behind() -> None:
+    """The session unused for longest goes; whatever was opened no later can never begin anew."""
+    memory = Memory(LIMITS)
+
+    numbered([(50, False), (10, False), (20, False), (50, False), (30, False)], memory)
+
+    assert memory.sessions.last(session_id(10)) is None
+    assert memory.sessions.last(session_id(50)) == 2
+    assert memory.sessions.floor == 10
+
+
+@given(NUMBERED)
+def test_sessions_are_the_same_after_a_snapshot(calls: list[tuple[int, bool]]) -> None:
+    """Written into a document, read back and filled further: no difference to never having been away."""
+    for cut in (0, len(calls) // 2, len(calls)):
+        straight, before = Memory(LIMITS), Memory(LIMITS)
+        numbered(calls, straight)
+        numbered(calls[:cut], before)
+        after = Memory.from_document(orjson.loads(orjson.dumps(before.to_document())), LIMITS)
+        numbered(calls[cut:], after)
+
+        assert after.to_document() == straight.to_document()
+        assert len(straight.sessions) <= LIMITS.sessions
+
+
+@pytest.mark.parametrize(
+    "sessions",
+    [
+        None,
+        [],
+        {"floor": 0},
+        {"floor": -1, "known": []},
+        {"floor": True, "known": []},
+        {"floor": 0, "known": [], "more": 1},
+        {"floor": 0, "known": [["1-00000000", 1]]},
+        {"floor": 0, "known": [["nonsense", 1, [[1, 1]]]]},
+        {"floor": 0, "known": [["1-00000000", 2, [[1, 1]]]]},
+        {"floor": 0, "known": [["1-00000000", 1, []]]},
+        {"floor": 0, "known": [["1-00000000", 1, [[2, 1], [1, 1]]]]},
+        {"floor": 0, "known": [["1-00000000", 1, [[True, 1]]]]},
+    ],
+)
+def test_damaged_sessions_are_invalid_input(sessions: Any) -> None:
+    """A wrong number remembered would apply a command twice, or never."""
+    with pytest.raises(InvalidInput):
+        Memory.from_document({"commands": [], "sessions": sessions}, LIMITS)

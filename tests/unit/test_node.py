@@ -1236,7 +1236,7 @@ async def test_damaged_chunks_of_a_real_move_are_refused_and_the_node_lives() ->
         headers: tuple[Any, ...] = (
             {"actor": None},
             {"actor": 7},
-            {"actor": "ledger/k", "answered": "x"},
+            {"actor": "ledger/k", "memory": "x"},
             {"actor": "ledger/k"},
             [],
         )

@@ -14,10 +14,11 @@ from routing.address import ActorId
 from routing.errors import FerryError, InvalidInput, PayloadTooLarge, StateNotPortable, UnknownActorType
 from runtime.actor import Actor, ActorClasses, command, event
 from runtime.codec import capture_state, pack
+from runtime.memory import Limits
 from runtime.portable import Portable
 
 MAX_BYTES = 2**20
-LIMITS: dict[str, Any] = {"window": 8, "max_state_bytes": MAX_BYTES, "used_at_s": 1.0}
+LIMITS: dict[str, Any] = {"limits": Limits(8, 8), "max_state_bytes": MAX_BYTES, "used_at_s": 1.0}
 
 
 class Jar(Actor):
@@ -48,7 +49,10 @@ def portable(coins: list[int], **changes: Any) -> Portable:
         "version": 9,
         "epoch": 4,
         "trail": (7, 8),
-        "answered": [["m-1", 1], ["m-2", None, {"kind": "Rejected", "message": "no"}]],
+        "memory": {
+            "commands": [["m-1", 1], ["m-2", None, {"kind": "Rejected", "message": "no"}]],
+            "sessions": {"floor": 3, "known": [["5-00000000", 2, [[1, "one"], [2, None, {"kind": "Rejected"}]]]]},
+        },
         "frame": pack(capture_state(jar), schema=1, max_bytes=MAX_BYTES, actor=actor_id),
     }
     return Portable(**{**fields, **changes})
@@ -117,7 +121,7 @@ def test_a_cut_or_changed_transfer_is_an_error_of_the_tree_or_the_same_actor(dat
 
 
 @pytest.mark.parametrize(
-    "field", ["actor", "answered", "trail", "version", "epoch", "schema", "codec", "bytes", "digest"]
+    "field", ["actor", "memory", "trail", "version", "epoch", "schema", "codec", "bytes", "digest"]
 )
 def test_a_header_with_a_wrong_field_is_an_error_of_the_tree(field: str) -> None:
     """What a buggy or newer peer may send must not be an AttributeError in the node."""

@@ -14,6 +14,7 @@ from routing.address import ActorId
 from routing.birth import found_or_join
 from routing.errors import FerryError, HandlerFailed, Timeout, TransientError, Unavailable, WrongSequence
 from routing.link import Entry
+from routing.shard_map import Outcome
 from runtime.actor import Actor, command
 from runtime.testing import MemoryLink
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
@@ -258,6 +259,32 @@ async def test_a_plan_that_is_just_being_written_is_not_taken_for_a_dead_leader_
         await office.run(5.0)
 
         assert office.launched == ["m1"]
+
+
+@virtually
+async def test_s4_an_ending_concluded_before_a_launch_is_concluded_anew() -> None:
+    """A leader that stood still writes "cancelled" over a move that another has launched, and that has committed."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+        await shelf.save(planned(1))
+
+        async def another_leader_launches_it(move: Move) -> None:
+            shelf.before = None
+            entry = await small.directory.refresh(UNIT)
+            assert entry is not None
+            stored = shelf.stored["m1"]
+            shelf.stored["m1"] = replace(
+                stored, lock_revision=entry.revision, started_at=wall_clock(), revision=stored.revision + 1
+            )
+            await small.move("m1", "b")
+
+        shelf.before = another_leader_launches_it
+        ended = await office.context.settle("m1", error="superseded")
+
+        assert (await small.map()).outcome_of("m1") is Outcome.COMMITTED
+        assert ended is not None
+        assert ended.status is shelf.stored["m1"].status is MigrationStatus.COMPLETED
 
 
 # -- the source's own clock on a lock ----------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from typing import Protocol
 
 from routing.errors import Incompatible, PayloadTooLarge, WrongSequence
 from routing.link import Entry, StreamSpec
 
 MARKER_TTL_S = 86_400.0  # as long as NatsLink lets removal markers live
+REMEMBERED = 8  # entries of a subject that were the last one before, for a leader that is behind
 MIN_TTL_S = 1  # JetStream's own minimum
 
 
@@ -30,6 +32,7 @@ class MemoryStream:
         self.entries: dict[int, Entry] = {}
         self.by_subject: dict[str, list[int]] = {}
         self.watches: list[Watcher] = []
+        self._replaced: dict[str, deque[Entry]] = {}
         self._sequence = 0
         self._timers: dict[int, asyncio.TimerHandle] = {}
 
@@ -56,8 +59,24 @@ class MemoryStream:
         sequences = self.by_subject.get(subject)
         return self.entries[sequences[-1]] if sequences else None
 
+    def earlier(self, subject: str, by: int) -> Entry | None:
+        """What a leader that was deposed `by` entries ago takes for the subject's last; at most REMEMBERED ago."""
+        replaced = self._replaced.get(subject)
+        return self.last(subject) if not replaced else replaced[-min(by, len(replaced))]
+
+    def truncate(self, sequence: int) -> list[Entry]:
+        """Lose every entry after `sequence` and give their sequences out anew; returns the lost ones."""
+        lost = [entry for number, entry in self.entries.items() if number > sequence]
+        for entry in lost:
+            self._remove(entry.sequence)
+        self._sequence = min(self._sequence, sequence)
+        return lost
+
     def _store(self, subject: str, payload: bytes, *, removed: bool) -> int:
         self._sequence += 1
+        before = self.last(subject)
+        if before is not None:
+            self._replaced.setdefault(subject, deque(maxlen=REMEMBERED)).append(before)
         entry = Entry(sequence=self._sequence, subject=subject, payload=payload, removed=removed)
         self.entries[entry.sequence] = entry
         self.by_subject.setdefault(subject, []).append(entry.sequence)

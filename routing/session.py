@@ -1,0 +1,157 @@
+"""Ordered commands of one sender, several on their way at a time.
+
+    async with Cluster.connect() as cluster:
+        session = cluster.session()
+        plane = session.actor("aircraft", "N14228")
+        async with asyncio.TaskGroup() as group:
+            for distance in (1400, 720, 1065):
+                group.create_task(plane.fly(distance=distance))  # applied in this order, across any number of moves
+
+Each command to an actor carries the session and the next number; the actor decides exactly the next one, answers one
+it has decided with the same reply, and sends the sender back to a missing one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from routing.address import ActorId
+from routing.envelope import Command
+from routing.errors import (
+    HandlerFailed,
+    InvalidInput,
+    NotApplicable,
+    PayloadTooLarge,
+    Rejected,
+    Timeout,
+    UnknownActorType,
+)
+from routing.router import DEFAULT_TIMEOUT_S, Router
+from routing.session_id import IN_FLIGHT
+
+
+SHORTEST_S = 0.001  # left of a deadline that ended together with the wait for a turn
+
+
+class Session:
+    """Commands of one session to one actor are applied in the order in which the calls began.
+
+    A command that ends without its actor's word on it (InDoubt, Timeout, Unavailable, cancelled) ends the order: later
+    commands to that actor raise NotApplicable, until they are sent in a new session. A Rejected one does not.
+    """
+
+    def __init__(self, session_id: str, router: Callable[[], Router]) -> None:
+        self.id = session_id
+        self._router = router
+        self._lanes: dict[ActorId, _Lane] = {}
+
+    def actor(self, actor_type: str, key: str) -> SessionHandle:
+        """A handle whose methods are the actor's commands. Raises InvalidInput for a malformed id."""
+        return SessionHandle(self, ActorId(actor_type, key))
+
+    async def send_message(
+        self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """Send one command in order; returns the reply. `timeout` in seconds, waiting for its turn included.
+
+        Errors: see Router.send_message; SessionExpired when the actor has forgotten this session; NotApplicable when
+        an earlier command to this actor ended without an outcome.
+        """
+        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        router = self._router()
+        return await self._lane(target).send(router, router.prepare(target, command, arguments), timeout)
+
+    async def query(
+        self, actor: str | ActorId, name: str, arguments: dict[str, Any] | None = None, *,
+        linearizable: bool = False, timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """Ask a query that sees every command of this session to that actor that began before it."""
+        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        router = self._router()
+        asked = router.prepare(target, name, arguments, linearizable=linearizable)
+        return await self._lane(target).ask(router, asked, timeout)
+
+    def _lane(self, actor: ActorId) -> _Lane:
+        return self._lanes.setdefault(actor, _Lane(self.id))
+
+
+class SessionHandle:
+    """One actor, seen from a session. `await handle.fly(distance=1400)` sends the command `fly` in its turn."""
+
+    def __init__(self, session: Session, actor: ActorId) -> None:
+        self._session = session
+        self.actor_id = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(**arguments: Any) -> Coroutine[Any, Any, Any]:
+            return self._session.send_message(self.actor_id, name, arguments)
+
+        return call
+
+    def __repr__(self) -> str:
+        return f"<actor {self.actor_id} in session {self._session.id}>"
+
+
+class _Lane:
+    """The numbers of one session to one actor."""
+
+    def __init__(self, session_id: str) -> None:
+        self._session_id = session_id
+        self._issued = 0
+        self._ended: dict[int, asyncio.Event] = {}  # of the latest numbers: whether the call is over
+        self._broken: str | None = None
+
+    async def ask(self, router: Router, asked: Command, timeout_s: float) -> Any:
+        """Ask a query behind every command issued so far."""
+        last = self._issued
+        asked = replace(asked, session=self._session_id, after=last)
+        return await router.deliver(asked, timeout_s=timeout_s, before=self._end_of(last))
+
+    async def send(self, router: Router, command: Command, timeout_s: float) -> Any:
+        """Give a command the next number and send it."""
+        if self._broken is not None:
+            raise NotApplicable(f"the order of session {self._session_id} is broken: {self._broken}; open a new one")
+        self._issued += 1
+        number, before = self._issued, self._end_of(self._issued - 1)
+        ended = self._ended[number] = asyncio.Event()
+        self._ended.pop(number - 2 * IN_FLIGHT, None)
+        command = replace(command, session=self._session_id, number=number, message_id=f"{self._session_id}.{number}")
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        decided = False
+        try:
+            left_s = await self._await_window(number, deadline_s)
+            reply = await router.deliver(command, timeout_s=left_s, before=before)
+            decided = True
+            return reply
+        except (Rejected, HandlerFailed, InvalidInput) as error:
+            decided = not isinstance(error, (UnknownActorType, PayloadTooLarge))  # those are not in the actor's log
+            raise
+        finally:
+            if not decided and self._broken is None:
+                self._broken = f"{command.name!r}, its command {number} to {command.actor}, ended without an outcome"
+            ended.set()
+
+    async def _await_window(self, number: int, deadline_s: float) -> float:
+        """Wait until fewer than IN_FLIGHT commands are unanswered; returns the seconds left. Raises Timeout."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                for earlier in range(max(1, number - 2 * IN_FLIGHT + 1), number - IN_FLIGHT + 1):
+                    await self._end_of(earlier).wait()
+        except TimeoutError as error:
+            raise Timeout(f"command {number} had no turn: {IN_FLIGHT} before it have no answer yet") from error
+        return max(deadline_s - asyncio.get_running_loop().time(), SHORTEST_S)
+
+    def _end_of(self, number: int) -> asyncio.Event:
+        """The end of an earlier call; one too old to be remembered is over."""
+        known = self._ended.get(number)
+        if known is None:
+            known = asyncio.Event()
+            known.set()
+        return known

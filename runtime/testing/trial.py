@@ -1,0 +1,332 @@
+"""Your own actor class through moves, crashes and replays, in one call and without a server.
+
+    from runtime.testing import exercise
+
+    def test_aircraft_survives_whatever_happens_to_its_nodes() -> None:
+        exercise(Aircraft, [("fly", {"distance": 700}), ("fly", {"distance": -1}), ("totals", {})])
+
+Production nodes run in simulated processes on virtual time. Between the calls, as the seed decides, the actor's shard
+is moved, its node killed, an acknowledgement lost, a command sent twice, the actor put to rest and loaded from its log.
+After each call the live state is compared with what its log says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from routing import control, shard_map
+from routing.address import ActorId
+from routing.birth import found_or_join
+from routing.control import StepRequest
+from routing.directory import Directory
+from routing.errors import FerryError, HandlerFailed, InvalidInput, Rejected
+from routing.link import Entry
+from routing.router import Router
+from routing.settings import Settings
+from runtime.actor import Actor, ActorClasses
+from runtime.codec import capture_state, restore_state
+from runtime.journal import decode_record
+from runtime.live_actor import LiveActor, new_instance, replay
+from runtime.memory import Limits, Memory
+from runtime.node import Node
+from runtime.testing.memory_nats import Fault, Kind, MemoryNats
+from runtime.testing.process import Process
+from runtime.testing.virtual_time import VirtualTimeLoop, clock, wall_clock
+
+Call = tuple[str, dict[str, Any]]
+Calls = Sequence[Call] | Callable[[random.Random], Iterable[Call]]
+
+UNIT = "shard.0"
+NODES = ("a", "b", "c")
+STEPS = ("pause", "capture", "serialize", "send", "await_ack", "commit")
+CALL_S = 60.0  # of virtual time
+OPEN_S = 30.0
+
+
+class Violation(AssertionError):
+    """The class does not keep what an actor has to. The message names the seed that shows it."""
+
+
+@dataclass(slots=True)
+class Exercised:
+    """What happened in all runs together."""
+
+    runs: int = 0
+    commands: int = 0  # applied
+    rejected: int = 0
+    failed: int = 0  # raised something else than Rejected; nothing was applied
+    queries: int = 0
+    moves: int = 0
+    crashes: int = 0
+    repeated: int = 0
+    unacknowledged: int = 0  # appends that landed without their sender learning of it
+    replays: int = 0
+
+
+def exercise(
+    actor_class: type[Actor], calls: Calls, *, seeds: Iterable[int] = range(20), others: Iterable[type[Actor]] = (),
+) -> Exercised:  # fmt: skip
+    """Send `calls` ((command or query, arguments), in order) to one actor, once per seed, and disturb it meanwhile.
+
+    `calls` may be a function that makes them from a random.Random of the seed. `others` are further classes the nodes
+    load. Raises Violation when
+
+      - live state and replayed state differ: an @event is not deterministic, or a @command changed state itself
+      - a @query changed the state
+      - state does not survive being captured and restored
+      - a repeated command got another reply, or was applied twice
+      - a class attribute was changed: that is shared by all actors of a process, and is not part of any state
+
+    Raises InvalidInput for a call that the class does not have. Time and random numbers in events show only when they
+    give another value a moment later.
+    """
+    done = Exercised()
+    for seed in seeds:
+        rng = random.Random(seed)
+        made = list(calls(rng)) if callable(calls) else list(calls)
+        shared = _class_attributes(actor_class)
+        stage = _Stage(actor_class, others, rng, done)
+        try:
+            _run(stage.run(made))
+            _compare("class attributes", _class_attributes(actor_class), shared)
+        except Violation as violation:
+            raise Violation(f"{actor_class.__name__}: {violation} (repeat with seeds=[{seed}])") from None
+        done.runs += 1
+    return done
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    loop = VirtualTimeLoop()
+    try:
+        loop.run_until_complete(main)
+    finally:
+        loop.bury()
+        loop.close()
+
+
+class _Stage:
+    """One run: three nodes, one shard, one actor, and the hand that moves and kills."""
+
+    def __init__(
+        self, actor_class: type[Actor], others: Iterable[type[Actor]], rng: random.Random, done: Exercised
+    ) -> None:
+        self._rng, self._done = rng, done
+        self._class, self._classes = actor_class, ActorClasses([actor_class, *others])
+        self._actor = ActorId(actor_class.actor_type, "exercised")
+        self._settings = Settings(shards=1, logs=1, snapshot_every=rng.choice((2, 5, 32)))
+        self._nats = MemoryNats(
+            latency=lambda: rng.uniform(0.0001, 0.001), on_message=self._fate, on_append=self._landed
+        )
+        self._link = self._nats.link("exercise")
+        self._subjects = self._settings.subjects
+        self._directory = Directory(self._link, self._subjects, shards_total=1)
+        self._router = Router(self._link, self._directory, self._subjects, sender="exercise", wall_clock=wall_clock)
+        self._nodes: dict[str, tuple[Node, Process]] = {}
+        self._lives = 0
+        self._shadow, self._memory = new_instance(actor_class), Memory(Limits.of(self._settings))
+        self._events: list[str] = []  # of the latest record, for messages
+        self._applied: dict[str, int] = {}  # message id -> how often
+        self._lose_next = False
+
+    async def run(self, calls: Sequence[Call]) -> None:
+        await found_or_join(self._link, self._settings)
+        await self._directory.start()
+        for name in NODES:
+            await self._start(name)
+        await self._directory.transition(UNIT, None, shard_map.assign(NODES[0]))
+        await self._open()
+        for number, (name, arguments) in enumerate(calls):
+            await self._disturb()
+            await self._call(f"m-{number}", name, arguments)
+            if self._rng.random() < 0.3:
+                await self._look(f"after {name!r}")
+        await self._crash()
+        await self._look("after the last crash")
+        doubled = sorted(message_id for message_id, times in self._applied.items() if times > 1)
+        if doubled:
+            raise Violation(f"applied twice: {', '.join(doubled)}")
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+    async def _start(self, name: str) -> None:
+        self._lives += 1
+        process = Process(f"{name}-{self._lives}")
+        fields = {field: getattr(self._settings, field) for field in Settings.__dataclass_fields__}
+        node = Node(
+            Settings(**{**fields, "node_id": name}), classes=self._classes, incarnation=process.name,
+            link=self._nats.link(name, process), transfer_link=self._nats.link(f"{name}-transfer", process),
+            clock=clock, wall_clock=wall_clock,
+        )  # fmt: skip
+        await process.spawn(node.start())
+        self._nodes[name] = (node, process)
+
+    def _owner(self) -> str:
+        entry = self._directory.get(UNIT)
+        assert entry is not None
+        return entry.ownership.owner
+
+    async def _open(self) -> None:
+        """Wait until the owner in the map serves."""
+        deadline_s = clock() + OPEN_S
+        while True:
+            entry = await self._directory.refresh(UNIT)
+            assert entry is not None
+            node, _ = self._nodes[entry.ownership.owner]
+            unit = node.host.units.get(UNIT)
+            bound = entry.ownership.incarnation == node.incarnation
+            if bound and unit is not None and unit.held is not None and unit.pause is None:
+                return
+            if clock() > deadline_s:
+                raise Violation(f"node {node.id} did not take the actor over within {OPEN_S:g} s: see its log")
+            await asyncio.sleep(0.05)
+
+    def _live(self) -> LiveActor | None:
+        node, _ = self._nodes[self._owner()]
+        unit = node.host.units.get(UNIT)
+        return unit.actors.get(self._actor) if unit is not None else None
+
+    # -- what happens to it ------------------------------------------------------------------------------------------
+    async def _disturb(self) -> None:
+        what = self._rng.random()
+        if what < 0.2:
+            await self._move()
+        elif what < 0.3:
+            await self._crash()
+        elif what < 0.4:
+            self._lose_next = True
+        elif what < 0.5:
+            self._rest()
+
+    async def _move(self) -> None:
+        destination = self._rng.choice([name for name in NODES if name != self._owner()])
+        move = f"move-{self._lives}-{self._done.moves}"
+        locked = await self._directory.decide(
+            UNIT, lambda view: shard_map.lock(view, move=move, destination=destination)
+        )
+        view = locked.ownership
+        request = StepRequest(move=move, unit=UNIT, epoch=view.epoch, source=view.owner, destination=destination)
+        try:
+            for verb in STEPS:
+                await control.ask(self._link, self._subjects, view.owner, verb, request, timeout_s=CALL_S)
+        except FerryError as error:
+            raise Violation(f"cannot be moved: {error}") from error
+        self._done.moves += 1
+        await self._open()
+
+    async def _crash(self) -> None:
+        """kill -9 of the owner; another node gets the shard, or the same one in its next life."""
+        name = self._owner()
+        _, process = self._nodes[name]
+        process.kill()
+        self._done.crashes += 1
+        await asyncio.sleep(self._settings.node_lease_s + 1)
+        await self._start(name)
+        if self._rng.random() < 0.5:
+            heir = self._rng.choice([other for other in NODES if other != name])
+            await self._directory.decide(UNIT, lambda view: shard_map.failover(view, to=heir))
+        await self._open()
+
+    def _rest(self) -> None:
+        node, _ = self._nodes[self._owner()]
+        node.host.units[UNIT].actors.clear()
+
+    def _fate(self, kind: Kind, subject: str) -> Fault:
+        if self._lose_next and kind == "append" and ".ev." in subject:
+            self._lose_next = False
+            self._done.unacknowledged += 1
+            return "drop_reply"
+        return "deliver"
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+    async def _call(self, message_id: str, name: str, arguments: dict[str, Any]) -> None:
+        query = self._classes.handler(self._actor.actor_type, name).kind == "query"
+        before = await self._look(f"before {name!r}") if query else b""
+        answer = await self._answer(message_id, name, arguments)
+        if query:
+            self._done.queries += 1
+            _compare(f"query {name!r} changed the state", _document(await self._state()), _document(before))
+        elif self._rng.random() < 0.3:
+            self._done.repeated += 1
+            _compare(
+                f"{name!r} sent again was answered otherwise", await self._answer(message_id, name, arguments), answer
+            )
+
+    async def _answer(self, message_id: str, name: str, arguments: dict[str, Any]) -> Any:
+        try:
+            return await self._router.send_message(
+                self._actor, name, arguments, message_id=message_id, timeout_s=CALL_S
+            )
+        except (Rejected, HandlerFailed) as error:
+            return f"{type(error).__name__}: {error}"
+        except InvalidInput:
+            raise
+        except FerryError as error:
+            raise Violation(f"{name!r} was never answered: {error}") from error
+
+    # -- the log -----------------------------------------------------------------------------------------------------
+    def _landed(self, entry: Entry) -> None:
+        """Follow the log with an instance of our own, as a node would that loads the actor."""
+        if not entry.subject.endswith(f".{self._actor.token}"):
+            return
+        record = decode_record(entry.payload)
+        replay(self._shadow, self._memory, record)
+        self._events = [name for name, _ in record.events] or self._events
+        match record.kind.value:
+            case "command" | "rejection":
+                self._applied[record.message_id] = self._applied.get(record.message_id, 0) + 1
+                refused = (record.error or {}).get("kind")
+                self._done.commands += refused is None
+                self._done.rejected += refused == Rejected.__name__
+                self._done.failed += refused not in (None, Rejected.__name__)
+
+    async def _look(self, when: str) -> bytes:
+        """The live state, after comparing it with the replayed one and with its own restored copy."""
+        state = await self._state()
+        replayed = capture_state(self._shadow)
+        self._done.replays += 1
+        told = f"{when}, live state differs from replayed state (latest events: {', '.join(self._events) or 'none'})"
+        _compare(told, _document(state), _document(replayed))
+        restored = capture_state(restore_state(self._class, state, self._class.schema_version))
+        _compare(f"{when}, restored state differs from captured state", _document(restored), _document(state))
+        return state
+
+    async def _state(self) -> bytes:
+        """What the owner would capture now; of an actor at rest, what the log says."""
+        live = self._live()
+        if live is None or live.instance is None or live.dirty:
+            return capture_state(self._shadow)
+        return capture_state(live.instance)
+
+
+def _document(state: bytes) -> Any:
+    try:
+        return orjson.loads(state)
+    except ValueError:
+        return state.hex()  # of a class with its own capture()
+
+
+def _class_attributes(actor_class: type[Actor]) -> dict[str, Any]:
+    return {
+        name: copy.deepcopy(value)
+        for name, value in vars(actor_class).items()
+        if not name.startswith("_") and isinstance(value, (list, dict, set, int, float, str, bytes, type(None)))
+    }
+
+
+def _compare(what: str, found: Any, expected: Any) -> None:
+    """Raises Violation naming the first differing attributes."""
+    if found == expected:
+        return
+    if isinstance(found, dict) and isinstance(expected, dict):
+        names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+        differing = "; ".join(
+            f"{name} is {found.get(name)!r:.80}, not {expected.get(name)!r:.80}" for name in names[:3]
+        )
+        raise Violation(f"{what}: {differing}")
+    raise Violation(f"{what}: {found!r:.80}, not {expected!r:.80}")
