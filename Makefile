@@ -5,16 +5,25 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check up bench lint types clean
+.PHONY: help demo test check up bench simulate nemesis lint types clean
 
 help: ## list every target
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## run the main job on embedded NATS and Valkey, and verify it
 	@$(RUN)/ferry demo
 
 test: $(STAMP) ## run the whole default test suite
 	@$(RUN)/pytest
+
+SEEDS ?= 2000
+simulate: $(STAMP) ## the whole model, every mutant, 5,000 fuzzed examples a decoder, SEEDS=2000 simulated schedules
+	@$(RUN)/python -m tests.model --jobs 2
+	@FERRY_FUZZ_EXAMPLES=5000 $(RUN)/pytest -q tests/fuzz
+	@$(RUN)/python -m tests.simulation --seeds $(SEEDS) --mutants
+
+nemesis: $(STAMP) ## real processes killed, stopped and restarted at every point of a move, and a NATS cluster of three
+	@$(RUN)/python -m tests.nemesis --all
 
 check: lint types test ## everything CI could object to: lint, types, import directions, tests
 

@@ -6,7 +6,7 @@
     error        refuse for good                  kill    SIGKILL oneself
     unavailable  refuse, and let them try again   stop    SIGSTOP oneself, until somebody sends SIGCONT
 
-`*N` fires the first N times, then never again; a file that changes starts its counts anew. A node passes the point
+`*N` fires the first N times, then never again; a file written anew starts its counts anew. A node passes the point
 `<verb>` on its side of every step, and `committed` right after COMMIT is written; a worker passes `<step>.begin` and
 `<step>.end`. When off, `hit` is one look-up in an empty dict; with a file it reads that each time, which is for tests.
 """
@@ -35,7 +35,7 @@ class Failpoints:
     def __init__(self, specification: str = "") -> None:
         self._armed: dict[str, tuple[str, int | None]] = {}
         self._file: Path | None = None
-        self._said: str | None = None  # what the file said when last looked at
+        self._seen: tuple[int, int, str] | None = None  # the file's inode, time and text when last looked at
         if specification.startswith("@"):
             self._file = Path(specification[1:])
             if not self._file.is_file():
@@ -69,14 +69,15 @@ class Failpoints:
     def _look_again(self, file: Path) -> None:
         """Arm what the file says now. One that is gone or malformed arms nothing, and is reported once."""
         try:
-            said = file.read_text()
+            written = file.stat()
+            seen = (written.st_ino, written.st_mtime_ns, file.read_text())
         except OSError as error:
-            said = f"(cannot be read: {error})"
-        if said == self._said:
+            seen = (0, 0, f"(cannot be read: {error})")
+        if seen == self._seen:
             return
-        self._said, self._armed = said, {}
+        self._seen, self._armed = seen, {}
         try:
-            self._armed = _parsed(said)
+            self._armed = _parsed(seen[2])
         except InvalidInput as error:
             log.error("failpoints ignored", file=str(file), error=str(error))
 

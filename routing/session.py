@@ -32,7 +32,6 @@ from routing.errors import (
 from routing.router import DEFAULT_TIMEOUT_S, Router
 from routing.session_id import IN_FLIGHT
 
-
 SHORTEST_S = 0.001  # left of a deadline that ended together with the wait for a turn
 
 

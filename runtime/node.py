@@ -130,12 +130,14 @@ class Node:
             try:
                 if await self._lease.hold(self._lease_document()):
                     return
-                _, sequence = await self._lease.holder()
+                holder, sequence = await self._lease.holder()
             except TransientError as error:
                 if self._clock() > deadline_s:
                     raise
                 log.info("lease not taken yet", node=self.id, error=str(error))
             else:
+                if holder is None:  # it has just run out: the mark of its end is newer, but nobody's renewal
+                    continue
                 first = first if first is not None else sequence
                 if sequence != first or self._clock() > deadline_s:
                     raise InvalidInput(f"node id {self.id!r} is in use by a living node: choose another --id")

@@ -103,7 +103,7 @@ class Coordinator:
         )  # fmt: skip
         self._reconciler = Reconciler(
             store=self._store, directory=self.directory, context=context, admission=self.admission,
-            records_kept=settings.records_kept, wall_clock=self._wall_clock,
+            records_kept=settings.records_kept, wall_clock=self._wall_clock, clock=self._clock,
         )  # fmt: skip
         self._desk = Desk(self, link=self._link, subjects=subjects, store=self._store, context=context)
         self.directory.on_change(self._on_map)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import structlog
 
 from routing.directory import Directory
+from routing.lease import boottime_s
 from workflows.admission import Admission
 from workflows.context import StepContext
 from workflows.records import STEPS, MigrationPlan, Move
@@ -26,19 +27,26 @@ RELAUNCHES = 2  # then a move that does not advance is ended
 
 
 class Reconciler:
-    """Compares unfinished records with the map. Only the leader runs one, but two would do no harm."""
+    """Compares unfinished records with the map. Only the leader runs one, but two would do no harm.
+
+    How long a record has stood still is told by the reconciler's own clock, from when it first saw the record so: what
+    workers write into records is their time of day, and one that is an hour ahead must not hold a move up for an hour.
+    """
 
     def __init__(
         self, *, store: RecordStore, directory: Directory, context: StepContext, admission: Admission,
-        records_kept: int, wall_clock: Callable[[], float],
+        records_kept: int, wall_clock: Callable[[], float], clock: Callable[[], float] = boottime_s,
     ) -> None:  # fmt: skip
         self._store, self._directory, self._context, self._admission = store, directory, context, admission
-        self._records_kept, self._wall_clock = records_kept, wall_clock
+        self._records_kept, self._wall_clock, self._clock = records_kept, wall_clock, clock
         settings = context.settings
         self._stuck_s = STUCK_STEPS * settings.step_timeout_s
-        self._orphan_s = settings.lock_lease_s  # a plan that is just being written must not be taken for a dead leader's
-        self._lag_s = settings.append_timeout_s  # how long a record may lag behind the map before it is written here
+        # A plan that is just being written must not be taken for a dead leader's.
+        self._orphan_s = settings.lock_lease_s
+        # How long a record may lag behind the map before it is written here.
+        self._lag_s = settings.append_timeout_s
         self._relaunched: Counter[str] = Counter()
+        self._standing: dict[str, tuple[float | None, float]] = {}  # move -> its latest step, since when seen here
 
     async def reconcile(self) -> list[MigrationPlan]:
         """One round; returns the plans that have just finished.
@@ -49,17 +57,27 @@ class Reconciler:
         for ended in self._admission.running.keys() - unfinished.keys():
             del self._admission.running[ended]
         self._relaunched = Counter({move_id: n for move_id, n in self._relaunched.items() if move_id in unfinished})
+        self._standing = {move_id: seen for move_id, seen in self._standing.items() if move_id in unfinished}
         for move in unfinished.values():
             if move.id not in self._admission.waiting:
                 await self._look_at(move)
         return await self._finish_plans()
 
+    def _idle_s(self, move: Move) -> float:
+        """For how long the move has been seen here without a step ahead or a launch."""
+        now_s, latest = self._clock(), move.step_at or move.started_at
+        known, since_s = self._standing.get(move.id, (latest, now_s))
+        if known != latest:
+            since_s = now_s
+        self._standing[move.id] = latest, since_s
+        return now_s - since_s
+
     async def _look_at(self, move: Move) -> None:
+        idle_s = self._idle_s(move)
         if move.started_at is None:
-            if self._wall_clock() - move.created_at > self._orphan_s:
+            if idle_s > self._orphan_s:
                 await self._context.settle(move.id, error="its plan was never completed: the leader died")
             return
-        idle_s = self._wall_clock() - (move.step_at or move.started_at)
         entry = self._directory.get(move.unit)
         if entry is None or entry.ownership.outcome_of(move.id) is not None:
             if idle_s > self._lag_s:

@@ -9,8 +9,8 @@ For unit tests of actors the first two are enough; tests/simulation/ uses all of
 
 from __future__ import annotations
 
-from runtime.testing.trial import Exercised, Violation, exercise
 from runtime.testing.memory_link import MemoryLink
 from runtime.testing.memory_nats import Fault, Kind, MemoryNats
+from runtime.testing.trial import Exercised, Violation, exercise
 
 __all__ = ["Exercised", "Fault", "Kind", "MemoryLink", "MemoryNats", "Violation", "exercise"]

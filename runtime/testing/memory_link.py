@@ -329,7 +329,8 @@ class _MemoryWatch:
         self.tokens = tuple(subject.split("."))
         self._subject, self._handler, self._stopped = subject, handler, False
         self._stream: MemoryStream | None = None
-        self._lagging = _Wire(server, server.context, server.watch_lag) if server.watch_lag is not None else None
+        lag = server.watch_lag
+        self._lagging = _Wire(server, server.context, partial(lag, link.name)) if lag is not None else None
 
     def attach(self) -> None:
         """Send what is stored, then follow. Runs at the server; raises Unavailable without the stream."""

@@ -47,8 +47,8 @@ class MemoryNats:
     lacks the latest `stale_by`). Answers to requests are publishes of their own. Setting up (subscribe, watch,
     ensure_stream) is never disturbed.
 
-    `watch_lag` gives the seconds by which a watch's news is late at its moment, in order per watch: a consumer may lag
-    behind what the same client is answered directly.
+    `watch_lag(link)` gives the seconds by which a watch's news is late at its moment, in order per watch: a consumer
+    may lag behind what the same client is answered directly.
 
     `on_append(entry)` is told of everything that clients have stored, which a roll-up may remove soon after.
     """
@@ -56,7 +56,7 @@ class MemoryNats:
     def __init__(
         self, *, latency: Callable[[], float] | None = None, on_message: Callable[[Kind, str], Fault] | None = None,
         late_s: float = 3.0, max_payload: int = DEFAULT_MAX_PAYLOAD, on_append: Callable[[Entry], None] | None = None,
-        watch_lag: Callable[[], float] | None = None,
+        watch_lag: Callable[[str], float] | None = None,
     ) -> None:  # fmt: skip
         self.latency, self.on_message, self.late_s, self.max_payload = latency, on_message, late_s, max_payload
         self.on_append, self.watch_lag = on_append, watch_lag
@@ -66,7 +66,9 @@ class MemoryNats:
         self._streams: dict[str, MemoryStream] = {}
         self._subscriptions: list[MemorySubscription] = []
         self._inboxes: dict[str, MemorySubscription] = {}
-        self._listening: dict[str, list[MemorySubscription]] = {}  # subject -> who gets it, until somebody comes or goes
+        self._listening: dict[
+            str, list[MemorySubscription]
+        ] = {}  # subject -> who gets it, until somebody comes or goes
 
     def link(self, name: str, process: Process | None = None) -> MemoryLink:
         """A new connection, of `process` if it can be killed or stopped. Names are for people; two may share one."""
@@ -84,6 +86,11 @@ class MemoryNats:
     def entries(self, stream: str) -> list[Entry]:
         """What a stream holds now, in order, for assertions. Raises Unavailable when there is no such stream."""
         return list(self.stream(stream).entries.values())
+
+    def expire(self, subject: str) -> None:
+        """Put a removal marker on a subject, as an expiry does: a lease that ends before its time, say."""
+        stream = self.stream_of(subject)
+        stream.append(subject, b"", expected=None, rollup=False, ttl_s=None, discard=True)
 
     # -- called by links, when a message has arrived at the server -------------------------------------------------
     def route(self, message: Message) -> bool:

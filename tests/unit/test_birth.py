@@ -10,6 +10,7 @@ import pytest
 from routing.birth import ELECTION_S, found_or_join
 from routing.errors import Unavailable
 from routing.settings import Settings
+from routing.subjects import kv_subject, node_key
 from runtime.testing import MemoryLink, MemoryNats
 from tests.unit.cluster import SmallCluster
 from tests.unit.virtual_time import clock, run_virtually, virtually
@@ -77,3 +78,37 @@ async def test_a_node_waits_for_the_stream_of_leases_to_answer() -> None:
     # then it has its lease
     assert cluster.disturbed()
     assert cluster.leases()
+
+
+@virtually
+async def test_a_lease_that_runs_out_between_two_looks_is_taken_not_mistaken_for_a_living_nodes() -> None:
+    """The server's mark of its end is a newer message of the key, but nobody's renewal."""
+    # given the lease of a node that was killed
+    cluster = SmallCluster()
+    await cluster.add("a")
+    cluster.nodes["a"].cut()
+    subject = kv_subject(cluster.subjects.lease_bucket, node_key("a"))
+    remover, looks = cluster.nats.link("server"), 0
+
+    class Watched:
+        """Its next life's link: the lease ends just before the fourth look, the second in that round."""
+
+        def __init__(self, link: MemoryLink) -> None:
+            self._link = link
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._link, name)
+
+        async def last(self, stream: str, asked: str, *, timeout_s: float) -> Any:
+            nonlocal looks
+            looks += asked == subject
+            if looks == 4:
+                await remover.append(subject, b"", expected=None, discard=True, timeout_s=1.0)
+            return await self._link.last(stream, asked, timeout_s=timeout_s)
+
+    # when its next life looks
+    async with asyncio.timeout(30):
+        await cluster.add("a", wrap=lambda link: Watched(link))  # type: ignore[arg-type, return-value]
+
+    # then it has come up
+    assert looks >= 4

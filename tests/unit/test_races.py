@@ -190,7 +190,7 @@ class Office:
         )  # fmt: skip
         self.reconciler = Reconciler(
             store=store, directory=small.directory, context=self.context, admission=self.admission,
-            records_kept=1000, wall_clock=wall_clock,
+            records_kept=1000, wall_clock=wall_clock, clock=clock,
         )  # fmt: skip
 
     async def _launch(self, move: Move) -> None:
@@ -285,6 +285,21 @@ async def test_s4_an_ending_concluded_before_a_launch_is_concluded_anew() -> Non
         assert (await small.map()).outcome_of("m1") is Outcome.COMMITTED
         assert ended is not None
         assert ended.status is shelf.stored["m1"].status is MigrationStatus.COMPLETED
+
+
+@virtually
+async def test_a_record_dated_an_hour_ahead_is_ended_in_time_all_the_same() -> None:
+    """A worker's time of day must not hold a move up: the reconciler counts from when it saw the record so."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+        office.admission.add([await shelf.save(planned(1))])
+        await office.admission.admit(("a", "b"))
+        shelf.stored["m1"] = replace(shelf.stored["m1"], step_at=wall_clock() + 3600)
+
+        await office.run(60.0)
+
+        assert shelf.stored["m1"].status in TERMINAL
 
 
 # -- the source's own clock on a lock ----------------------------------------------------------------------------------
