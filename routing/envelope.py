@@ -135,9 +135,7 @@ def decode_answer(payload: bytes) -> Answer:
     return Answer(value=document["value"], owner=owner, epoch=epoch)
 
 
-def _object(
-    payload: bytes, what: str, *, nesting: int = jsonlike.MAX_NESTING + jsonlike.CARRIED
-) -> dict[str, Any]:
+def _object(payload: bytes, what: str, *, nesting: int = jsonlike.MAX_NESTING + jsonlike.CARRIED) -> dict[str, Any]:
     try:
         document = jsonlike.loads(payload, nesting=nesting)
     except ValueError as error:

@@ -6,10 +6,13 @@ import asyncio
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
+
+import uvloop
 
 from routing import control, shard_map
 from routing.birth import read_birth
@@ -30,6 +33,7 @@ from workflows.store import RecordStore
 
 T = TypeVar("T")
 
+MOVES_RECALLED = 256  # a worker has few moves on their way at a time
 SAVE_ATTEMPTS = 8  # a move has six steps, each of which saves once
 
 
@@ -43,6 +47,7 @@ class StepContext:
         self.link, self.subjects, self.directory, self.store = link, subjects, directory, store
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
+        self._latest: OrderedDict[str, Move] = OrderedDict()
 
     # -- asking a node -----------------------------------------------------------------------------------------------
     async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0) -> dict[str, Any]:
@@ -71,7 +76,22 @@ class StepContext:
         self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
     ) -> Move:
         """Record that a move has reached a status. Raises WrongSequence when somebody else recorded meanwhile."""
-        return await self.store.save(advance(move, status, now=self.now(), **changes), actors=actors or [])
+        self._latest.pop(move.id, None)
+        saved = await self.store.save(advance(move, status, now=self.now(), **changes), actors=actors or [])
+        if saved.status not in TERMINAL:
+            self._latest[move.id] = saved
+            while len(self._latest) > MOVES_RECALLED:
+                self._latest.popitem(last=False)
+        return saved
+
+    async def recall(self, move_id: str, *, fresh: bool) -> Move | None:
+        """A move's record as this process saved it last, or as stored.
+
+        The former may be out of date: what is then asked of a node is refused there, and what is saved is refused by
+        the store. So the next attempt asks for a fresh one.
+        """
+        known = self._latest.pop(move_id, None)
+        return known if known is not None and not fresh else await self.store.move(move_id)
 
     # -- the map -----------------------------------------------------------------------------------------------------
     async def lock(self, move: Move) -> MapEntry:
@@ -163,7 +183,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._pid = settings, os.getpid()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._context: StepContext | None = None
         self._connecting: asyncio.Lock | None = None
         threading.Thread(target=self._loop.run_forever, name="ferry-worker-loop", daemon=True).start()

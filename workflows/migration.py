@@ -94,17 +94,15 @@ async def serialize(context: StepContext, move: Move) -> Move:
     Undo: nothing to undo.
     """
     rows = await context.ask_rows(move.source, "serialize", move)
-    sizes = {row["index"]: row["state_bytes"] for row in rows}
-    known = await context.store.actors(move.id)
     actors = [
         ActorRow(
-            index=row.index, actor_id=row.actor_id, version=row.version, digest=row.digest,
-            state_bytes=sizes[row.index],
+            index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"],
+            state_bytes=row["state_bytes"],
         )
-        for row in known
-        if row.index in sizes
+        for row in rows
     ]  # fmt: skip
-    return await context.reached(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=sum(sizes.values()))
+    state_bytes = sum(row["state_bytes"] for row in rows)
+    return await context.reached(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=state_bytes)
 
 
 async def send(context: StepContext, move: Move) -> Move:
@@ -196,7 +194,7 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
 
     An error that ends the move is written into the record before it rises, because the rollback runs elsewhere.
     """
-    move = await context.store.move(move_id)
+    move = await context.recall(move_id, fresh=attempt > 0)
     if move is None or move.status in TERMINAL or move.step != step.name:
         log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
         return

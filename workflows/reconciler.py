@@ -36,7 +36,9 @@ class Reconciler:
         self._records_kept, self._wall_clock = records_kept, wall_clock
         settings = context.settings
         self._stuck_s = STUCK_STEPS * settings.step_timeout_s
-        self._orphan_s = settings.lock_lease_s  # a plan that is just being written must not be taken for a dead leader's
+        self._orphan_s = (
+            settings.lock_lease_s
+        )  # a plan that is just being written must not be taken for a dead leader's
         self._lag_s = settings.append_timeout_s  # how long a record may lag behind the map before it is written here
         self._relaunched: Counter[str] = Counter()
 

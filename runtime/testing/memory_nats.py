@@ -66,7 +66,9 @@ class MemoryNats:
         self._streams: dict[str, MemoryStream] = {}
         self._subscriptions: list[MemorySubscription] = []
         self._inboxes: dict[str, MemorySubscription] = {}
-        self._listening: dict[str, list[MemorySubscription]] = {}  # subject -> who gets it, until somebody comes or goes
+        self._listening: dict[
+            str, list[MemorySubscription]
+        ] = {}  # subject -> who gets it, until somebody comes or goes
 
     def link(self, name: str, process: Process | None = None) -> MemoryLink:
         """A new connection, of `process` if it can be killed or stopped. Names are for people; two may share one."""
