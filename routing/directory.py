@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -50,6 +52,7 @@ class Directory:
         self._entries: dict[str, MapEntry] = {}
         self._observers: list[Callable[[str, MapEntry], None]] = []
         self._watch: Subscription | None = None
+        self._awaited: dict[str, asyncio.Event] = {}
 
     async def start(self) -> None:
         """Follow the map. Returns once the local copy is complete. Raises Timeout, Unavailable."""
@@ -87,6 +90,18 @@ class Directory:
             self._on_entry(stored)
         return self._entries.get(unit)
 
+    async def news(self, unit: str, *, beyond: int, timeout_s: float) -> None:
+        """Return once a unit's epoch here is beyond `beyond`: as the watch tells, or read after `timeout_s`.
+
+        Raises Timeout, Unavailable when it has to be read and cannot be.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (known := self._entries.get(unit)) is None or known.ownership.epoch <= beyond:
+                    await self._awaited.setdefault(unit, asyncio.Event()).wait()
+        except TimeoutError:
+            await self.refresh(unit)
+
     # -- deciding --------------------------------------------------------------------------------------------------
     async def transition(self, unit: str, before: MapEntry | None, after: Ownership) -> MapEntry:
         """Write `after` if the key still is at `before`'s revision.
@@ -110,6 +125,10 @@ class Directory:
         `change` raises NotApplicable to stop; a write of unknown fate is settled by reading again, so `change` sees
         its own effect. Raises NotApplicable, Unavailable, Timeout, and InDoubt when even that stays unknown.
         """
+        known = self._entries.get(unit) if self._watch is not None else None
+        if known is not None:  # most often the copy that follows the map is the map: no need to read it first
+            with suppress(NotApplicable, WrongSequence, InDoubt):
+                return await self.transition(unit, known, change(known.ownership))
         for _ in range(CAS_ATTEMPTS):
             entry = await self.refresh(unit)
             if entry is None:
@@ -139,5 +158,7 @@ class Directory:
         if known is not None and known.revision >= entry.revision:
             return
         self._entries[unit] = entry
+        if (awaited := self._awaited.pop(unit, None)) is not None:
+            awaited.set()
         for observer in self._observers:
             observer(unit, entry)

@@ -39,6 +39,7 @@ from runtime.unit import Unit, UnitState
 log = structlog.get_logger("ferry.handover")
 
 COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's answer
+NEWS_S = 0.05  # the map's watch tells of a COMMIT at about the time its source does
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
 
 
@@ -163,10 +164,14 @@ class Handover:
                 if index % 64 == 63:
                     await asyncio.sleep(0)  # let commands of other shards run
             outgoing.rows, outgoing.payloads = rows, payloads
-        sizes = [
-            {"index": row.index, "actor_id": row.actor_id, "state_bytes": row.state_bytes} for row in outgoing.rows
-        ]
-        return _page(sizes, request.offset)
+        answered = [
+            {
+                "index": row.index, "actor_id": row.actor_id, "version": row.version, "digest": row.digest,
+                "state_bytes": row.state_bytes,
+            }
+            for row in outgoing.rows
+        ]  # fmt: skip
+        return _page(answered, request.offset)
 
     def _portable(self, captured: _Captured) -> Portable:
         frame = pack(
@@ -313,7 +318,7 @@ class Handover:
 
     async def activate(self, request: StepRequest) -> dict[str, Any]:
         """The source has committed: take the unit over now instead of when the map's news arrives."""
-        await self._directory.refresh(request.unit)
+        await self._directory.news(request.unit, beyond=request.epoch, timeout_s=NEWS_S)
         await self._host.opened(request.unit, timeout_s=ACTIVATE_S)
         return {"actors": len(self._host.units[request.unit].actors)}
 

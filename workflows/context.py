@@ -6,16 +6,20 @@ import asyncio
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import structlog
+import uvloop
+
 from routing import control, shard_map
 from routing.birth import read_birth
 from routing.control import ROWS_PER_PAGE, StepRequest
 from routing.directory import Directory, MapEntry
-from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable, WrongSequence
+from routing.errors import FerryError, InvalidInput, NotApplicable, Timeout, Unavailable, WrongSequence
 from routing.failpoints import Failpoints
 from routing.jsonlike import shown
 from routing.link import Link
@@ -28,8 +32,11 @@ from workflows.records import TERMINAL, ActorRow, MigrationStatus, Move, advance
 from workflows.settlement import Settlement
 from workflows.store import RecordStore
 
+log = structlog.get_logger("ferry.context")
+
 T = TypeVar("T")
 
+MOVES_RECALLED = 256  # a worker has few moves on their way at a time
 SAVE_ATTEMPTS = 8  # a move has six steps, each of which saves once
 
 
@@ -43,10 +50,25 @@ class StepContext:
         self.link, self.subjects, self.directory, self.store = link, subjects, directory, store
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
+        self._saving: OrderedDict[str, asyncio.Task[Move]] = OrderedDict()
+        self._asked: OrderedDict[tuple[str, str], asyncio.Task[dict[str, Any]]] = OrderedDict()
 
     # -- asking a node -----------------------------------------------------------------------------------------------
     async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0) -> dict[str, Any]:
         """Ask a node for one verb of a move. Raises what the node reported, Unavailable, Timeout."""
+        asked = self._asked.pop((move.id, verb), None) if offset == 0 else None
+        return await (asked if asked is not None else self._ask(node, verb, move, offset))
+
+    def ask_ahead(self, node: str, verb: str, move: Move) -> None:
+        """Ask for the verb of the step that comes next, while Celery hands the chain on. `ask` then has the answer.
+
+        For verbs that may as well be asked twice, or for nothing: all but COMMIT, which waits for its own task.
+        """
+        self._asked[move.id, verb] = self._aside(self._ask(node, verb, move, 0))
+        while len(self._asked) > MOVES_RECALLED:
+            self._asked.popitem(last=False)
+
+    async def _ask(self, node: str, verb: str, move: Move, offset: int) -> dict[str, Any]:
         request = StepRequest(
             move=move.id, unit=move.unit, epoch=move.epoch or 0, source=move.source, destination=move.destination,
             offset=offset,
@@ -72,6 +94,41 @@ class StepContext:
     ) -> Move:
         """Record that a move has reached a status. Raises WrongSequence when somebody else recorded meanwhile."""
         return await self.store.save(advance(move, status, now=self.now(), **changes), actors=actors or [])
+
+    def passed(
+        self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
+    ) -> Move:
+        """Record that a move is past a step, while Celery hands its chain on. `recall` waits for it and sees failures.
+
+        Should this process die first, the record is a step behind; the next step then takes that one again.
+        """
+        after = advance(move, status, now=self.now(), **changes)
+        self._saving[move.id] = self._aside(self.store.save(after, actors=actors or []))
+        while len(self._saving) > MOVES_RECALLED:
+            self._saving.popitem(last=False)
+        return after
+
+    async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
+        """A move's record as this process saved it last, or, with `fresh` or without such, as stored.
+
+        The former may be out of date: then nodes refuse what is asked, and the store what is saved.
+        """
+        saving = self._saving.pop(move_id, None)
+        if saving is not None:
+            try:
+                saved = await saving
+            except FerryError as error:
+                log.info("record not saved by the step before", move=move_id, error=str(error))
+            else:
+                if not fresh:
+                    return saved
+        return await self.store.move(move_id)
+
+    def _aside(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin something that a later step waits for. Its failure is that step's, or nobody's if that never comes."""
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
 
     # -- the map -----------------------------------------------------------------------------------------------------
     async def lock(self, move: Move) -> MapEntry:
@@ -163,7 +220,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._pid = settings, os.getpid()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._context: StepContext | None = None
         self._connecting: asyncio.Lock | None = None
         threading.Thread(target=self._loop.run_forever, name="ferry-worker-loop", daemon=True).start()

@@ -64,7 +64,7 @@ async def pause(context: StepContext, move: Move) -> Move:
     entry = await context.lock(move)
     locked = replace(move, epoch=entry.ownership.epoch)
     answer = await context.ask(move.source, "pause", locked)
-    return await context.reached(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
+    return context.passed(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
 
 
 async def capture(context: StepContext, move: Move) -> Move:
@@ -81,7 +81,7 @@ async def capture(context: StepContext, move: Move) -> Move:
         ActorRow(index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"])
         for row in rows
     ]
-    return await context.reached(move, MigrationStatus.CAPTURED, actors=actors, actors_total=len(actors))
+    return context.passed(move, MigrationStatus.CAPTURED, actors=actors, actors_total=len(actors))
 
 
 async def serialize(context: StepContext, move: Move) -> Move:
@@ -94,17 +94,15 @@ async def serialize(context: StepContext, move: Move) -> Move:
     Undo: nothing to undo.
     """
     rows = await context.ask_rows(move.source, "serialize", move)
-    sizes = {row["index"]: row["state_bytes"] for row in rows}
-    known = await context.store.actors(move.id)
     actors = [
         ActorRow(
-            index=row.index, actor_id=row.actor_id, version=row.version, digest=row.digest,
-            state_bytes=sizes[row.index],
+            index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"],
+            state_bytes=row["state_bytes"],
         )
-        for row in known
-        if row.index in sizes
+        for row in rows
     ]  # fmt: skip
-    return await context.reached(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=sum(sizes.values()))
+    state_bytes = sum(row["state_bytes"] for row in rows)
+    return context.passed(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=state_bytes)
 
 
 async def send(context: StepContext, move: Move) -> Move:
@@ -117,7 +115,7 @@ async def send(context: StepContext, move: Move) -> Move:
     Undo: the destination forgets when the map no longer names the move.
     """
     await context.ask(move.source, "send", move)
-    return await context.reached(move, MigrationStatus.SENT)
+    return context.passed(move, MigrationStatus.SENT)
 
 
 async def await_ack(context: StepContext, move: Move) -> Move:
@@ -130,7 +128,7 @@ async def await_ack(context: StepContext, move: Move) -> Move:
     Undo: as for send.
     """
     await context.ask(move.source, "await_ack", move)
-    return await context.reached(move, MigrationStatus.ACKED)
+    return context.passed(move, MigrationStatus.ACKED)
 
 
 async def delete(context: StepContext, move: Move) -> Move:
@@ -173,11 +171,15 @@ Act = Callable[[StepContext, Move], Awaitable[Move]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its name, what it does, and how urgent it is."""
+    """One step: its name, what it does, how urgent it is.
+
+    Its node may be asked for it already while Celery hands the chain on, unless that cannot be taken back.
+    """
 
     name: str
     act: Act
     priority: int
+    may_run_ahead: bool = True
 
 
 CHAIN: tuple[Step, ...] = (
@@ -186,7 +188,7 @@ CHAIN: tuple[Step, ...] = (
     Step("serialize", serialize, PRIORITY_BEGUN),
     Step("send", send, PRIORITY_BEGUN),
     Step("await_ack", await_ack, PRIORITY_BEGUN),
-    Step("delete", delete, PRIORITY_BEGUN),
+    Step("delete", delete, PRIORITY_BEGUN, may_run_ahead=False),
 )
 assert tuple(step.name for step in CHAIN) == STEPS
 
@@ -194,25 +196,43 @@ assert tuple(step.name for step in CHAIN) == STEPS
 async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
     """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
 
-    An error that ends the move is written into the record before it rises, because the rollback runs elsewhere.
+    A step before it that is not recorded, because its worker died too early, is taken again first.
     """
-    move = await context.store.move(move_id)
-    if move is None or move.status in TERMINAL or move.step != step.name:
+    move = await context.recall(move_id, fresh=attempt > 0)
+    if move is None or move.status in TERMINAL or _place(move.step) > _place(step.name):
         log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
         return
-    plan = await context.store.plan(move.plan_id) if step.name == STEPS[0] else None
+    for due in CHAIN[_place(move.step) : _place(step.name)]:
+        await _act(due, context, move, attempt)
+        move = await context.recall(move_id)
+        if move is None or move.status in TERMINAL:
+            return
+    done = await _act(step, context, move, attempt)
+    following = CHAIN[_place(step.name) + 1] if step is not CHAIN[-1] else None
+    if done.status not in TERMINAL and following is not None and following.may_run_ahead:
+        context.ask_ahead(done.source, following.name, done)
+
+
+async def _act(step: Step, context: StepContext, move: Move, attempt: int) -> Move:
+    """One step. An error that ends the move is written into its record first, because the rollback runs elsewhere."""
+    plan = await context.store.plan(move.plan_id) if step is CHAIN[0] else None
     if plan is not None and plan.cancelled:
-        await context.settle(move_id, error="its plan was cancelled")
-        return
+        return await context.settle(move.id, error="its plan was cancelled") or move
     try:
         context.failpoints.hit(f"{step.name}.begin")
         done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt))
     except (PermanentError, TransientError, InDoubt) as error:
         if isinstance(error, PermanentError) or attempt >= STEP_RETRIES:
-            await _write_error(context, move_id, f"{step.name}: {error}", attempt)
+            await _write_error(context, move.id, f"{step.name}: {error}", attempt)
         raise
     context.failpoints.hit(f"{step.name}.end")
-    log.info("step done", step=step.name, move=move_id, unit=move.unit, status=done.status)
+    log.info("step done", step=step.name, move=move.id, unit=move.unit, status=done.status)
+    return done
+
+
+def _place(step: str | None) -> int:
+    """Where a step stands in the chain; a record without one has ended, or not begun."""
+    return STEPS.index(step or STEPS[0])
 
 
 async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
