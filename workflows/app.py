@@ -37,7 +37,8 @@ app.conf.update(
     # For Flower. Not the "sent" events: one more publish a step, for a state that lasts a millisecond.
     task_track_started=True,
     worker_send_task_events=True,
-    # Steps wait on NATS, so threads: a pool child cannot be lost, and a Redis restart does not end the worker.
+    # Steps wait on NATS, so threads: a pool child cannot be lost. A worker that has a task in hand when Redis is killed
+    # may end (kombu raises out of its loop): run workers under something that starts them again, as the Procfile does.
     worker_pool="threads",
     worker_concurrency=8,
     worker_prefetch_multiplier=1,

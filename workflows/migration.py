@@ -31,6 +31,7 @@ Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ log = structlog.get_logger("ferry.migration")
 
 STEP_RETRIES = 4  # then the move rolls back; with the back-off below that is 1.5 to 3 s, well within the pause lease
 RETRY_FIRST_S = 0.1
+BEHIND_S = 0.02  # a step's record is saved while its chain is handed on: mostly it arrives first, or a moment later
 
 
 # -- the six steps, in the order of time -----------------------------------------------------------------------------
@@ -199,18 +201,26 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
     A step before it that is not recorded, because its worker died too early, is taken again first.
     """
     move = await context.recall(move_id, fresh=attempt > 0)
-    if move is None or move.status in TERMINAL or _place(move.step) > _place(step.name):
-        log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
-        return
-    for due in CHAIN[_place(move.step) : _place(step.name)]:
-        await _act(due, context, move, attempt)
-        move = await context.recall(move_id)
-        if move is None or move.status in TERMINAL:
+    for pause_s in (0.0, BEHIND_S):
+        if move is not None and _place(move.step) < _place(step.name):  # another worker's record, perhaps on its way
+            await asyncio.sleep(pause_s)
+            move = await context.recall(move_id, fresh=True)
+    while move is not None and move.status not in TERMINAL and _place(move.step) <= _place(step.name):
+        due = CHAIN[_place(move.step)]
+        done = await _act(due, context, move, attempt)
+        if due is step:
+            _ask_ahead(step, context, done)
             return
-    done = await _act(step, context, move, attempt)
-    following = CHAIN[_place(step.name) + 1] if step is not CHAIN[-1] else None
-    if done.status not in TERMINAL and following is not None and following.may_run_ahead:
-        context.ask_ahead(done.source, following.name, done)
+        move = await context.recall(move_id)
+    log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
+
+
+def _ask_ahead(step: Step, context: StepContext, done: Move) -> None:
+    """Have the node of the next step begin already."""
+    if step is not CHAIN[-1] and done.status not in TERMINAL:
+        following = CHAIN[_place(step.name) + 1]
+        if following.may_run_ahead:
+            context.ask_ahead(done.source, following.name, done)
 
 
 async def _act(step: Step, context: StepContext, move: Move, attempt: int) -> Move:

@@ -23,6 +23,7 @@ from workflows.admission import Admission
 from workflows.context import StepContext
 from workflows.coordinator import Coordinator
 from workflows.desk import Desk
+from workflows.migration import CHAIN, take
 from workflows.reconciler import Reconciler
 from workflows.records import TERMINAL, MigrationPlan, MigrationStatus, Move
 
@@ -300,6 +301,51 @@ async def test_a_record_dated_an_hour_ahead_is_ended_in_time_all_the_same() -> N
         await office.run(60.0)
 
         assert shelf.stored["m1"].status in TERMINAL
+
+
+# -- steps whose records are saved while the chain goes on -------------------------------------------------------------
+async def planned_move(small: SmallCluster, shelf: Shelf) -> Move:
+    entry = await small.directory.refresh(UNIT)
+    assert entry is not None
+    return await shelf.save(replace(planned(1), lock_revision=entry.revision, started_at=wall_clock()))
+
+
+def worker(small: SmallCluster, shelf: Shelf) -> StepContext:
+    store: Any = shelf
+    return StepContext(
+        link=small.link, subjects=small.subjects, directory=small.directory, store=store, settings=small.settings,
+        wall_clock=wall_clock,
+    )  # fmt: skip
+
+
+@virtually
+async def test_a_worker_that_saw_a_move_some_steps_ago_reads_its_record_again() -> None:
+    """Two workers take turns: what one remembers of the move is old when its turn comes, and is not acted upon."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        first, second = worker(small, shelf), worker(small, shelf)
+
+        for step, context in zip(CHAIN, (first, second, second, first, second, first), strict=True):
+            await take(step, context, move.id, 0)
+
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+
+
+@virtually
+async def test_a_step_whose_predecessor_was_never_recorded_takes_that_one_again() -> None:
+    """A worker died after a step and before its record; Celery goes on with the next."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        for step in CHAIN:
+            before = shelf.stored[move.id]
+            await take(step, worker(small, shelf), move.id, 0)
+            if step.name in ("capture", "send"):
+                await asyncio.sleep(1.0)
+                shelf.stored[move.id] = before
+
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
 
 
 # -- the source's own clock on a lock ----------------------------------------------------------------------------------
