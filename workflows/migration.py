@@ -26,6 +26,9 @@ the map, the destination serves only because of the map, and what was transferre
 actor's log before its first use. So a step may run twice, late, or days later, and a worker may die anywhere: a step
 that no longer applies returns quietly, and what nobody drives on is ended from the map (workflows/coordinator.py).
 
+Why it is fast: a step's record is saved, and the next step's node asked, while Celery hands the chain on. COMMIT alone
+waits for its own task.
+
 Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached.
 """
 
