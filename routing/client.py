@@ -42,6 +42,7 @@ class Cluster:
         self._link: Link | None = None
         self._directory: Directory | None = None
         self._router: Router | None = None
+        self._floor = 0  # unix milliseconds; see routing/session_id.py
 
     @classmethod
     def connect(cls, nats_url: str = DEFAULT_NATS_URL, *, cluster: str = "default") -> Cluster:
@@ -86,7 +87,12 @@ class Cluster:
 
         Without one, only a caller that awaits each reply before it sends the next has its order kept.
         """
-        return Session(new_session_id(int(time.time() * 1000)), self._open)
+        opened_ms = max(int(time.time() * 1000), self._floor + 1)
+        return Session(new_session_id(opened_ms), self._open, on_expired=self._raise_floor)
+
+    def _raise_floor(self, floor: int) -> None:
+        """Some sender's clock was ahead of ours: open later sessions after its."""
+        self._floor = max(self._floor, floor)
 
     async def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,

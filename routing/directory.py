@@ -93,8 +93,11 @@ class Directory:
     async def news(self, unit: str, *, beyond: int, timeout_s: float) -> None:
         """Return once a unit's epoch here is beyond `beyond`: as the watch tells, or read after `timeout_s`.
 
-        Raises Timeout, Unavailable when it has to be read and cannot be.
+        Raises NotApplicable for what is no unit; Timeout, Unavailable when it has to be read and cannot be.
         """
+        shard = shard_of_key(unit)
+        if shard is None or shard >= self.shards_total:
+            raise NotApplicable(f"{unit} is no unit of this cluster")
         try:
             async with asyncio.timeout(timeout_s):
                 while (known := self._entries.get(unit)) is None or known.ownership.epoch <= beyond:

@@ -108,7 +108,11 @@ class Quarantined(PermanentError):
 
 
 class SessionExpired(PermanentError):
-    """The actor has forgotten this session, or may have: nothing was applied. Open a new session."""
+    """The actor has forgotten this session, or may have. Open a new one: it has to be opened after `floor`."""
+
+    def __init__(self, message: str, *, floor: int = 0) -> None:
+        super().__init__(message)
+        self.floor = floor
 
 
 class NotApplicable(PermanentError):
@@ -161,6 +165,8 @@ def to_wire(error: Exception) -> dict[str, Any]:
             document |= {"owner": error.owner, "epoch": error.epoch}
         case InDoubt():
             document["message_id"] = error.message_id
+        case SessionExpired():
+            document["floor"] = error.floor
     return document
 
 
@@ -179,6 +185,8 @@ def from_wire(document: dict[str, Any]) -> FerryError:
             return Moved(message, owner=owner, epoch=epoch)
         case "Moved", _:
             return Moved(message, owner=None, epoch=0)
+        case "SessionExpired", {"floor": int(floor)} if 0 <= floor < 10**15 and not isinstance(floor, bool):
+            return SessionExpired(message, floor=floor)
         case "InDoubt", {"message_id": str(message_id)}:
             return InDoubt(message, message_id=message_id)
         case _:

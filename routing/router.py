@@ -19,11 +19,13 @@ from routing.envelope import Answer, Command, decode_answer, decode_command, enc
 from routing.errors import (
     Busy,
     FerryError,
+    HandlerFailed,
     InDoubt,
     InvalidInput,
     Moved,
     OutOfOrder,
-    SessionExpired,
+    PermanentError,
+    Rejected,
     Timeout,
     Unavailable,
 )
@@ -127,7 +129,9 @@ class Router:
         match answer.error:
             case Busy() | OutOfOrder() as later:
                 attempts.refused(later)
-            case SessionExpired() if attempts.maybe_applied:
+            case Rejected() | HandlerFailed():
+                return answer
+            case PermanentError() if attempts.maybe_applied:  # this try was not applied; an earlier one may have been
                 raise attempts.in_doubt(str(answer.error))
             case Moved() | Unavailable() as elsewhere:
                 attempts.refused(elsewhere)

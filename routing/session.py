@@ -14,6 +14,7 @@ it has decided with the same reply, and sends the sender back to a missing one.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from routing.errors import (
     NotApplicable,
     PayloadTooLarge,
     Rejected,
+    SessionExpired,
     Timeout,
     UnknownActorType,
 )
@@ -42,9 +44,12 @@ class Session:
     commands to that actor raise NotApplicable, until they are sent in a new session. A Rejected one does not.
     """
 
-    def __init__(self, session_id: str, router: Callable[[], Router]) -> None:
+    def __init__(
+        self, session_id: str, router: Callable[[], Router], *, on_expired: Callable[[int], None] = lambda floor: None
+    ) -> None:
+        """`on_expired` is told the floor when an actor has forgotten this session: later ones must be opened above."""
         self.id = session_id
-        self._router = router
+        self._router, self._on_expired = router, on_expired
         self._lanes: dict[ActorId, _Lane] = {}
 
     def actor(self, actor_type: str, key: str) -> SessionHandle:
@@ -62,7 +67,12 @@ class Session:
         """
         target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
         router = self._router()
-        return await self._lane(target).send(router, router.prepare(target, command, arguments), timeout)
+        lane = self._lanes.setdefault(target, _Lane(self.id))
+        try:
+            return await lane.send(router, router.prepare(target, command, arguments), timeout)
+        except SessionExpired as error:
+            self._on_expired(error.floor)
+            raise
 
     async def query(
         self, actor: str | ActorId, name: str, arguments: dict[str, Any] | None = None, *,
@@ -72,10 +82,8 @@ class Session:
         target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
         router = self._router()
         asked = router.prepare(target, name, arguments, linearizable=linearizable)
-        return await self._lane(target).ask(router, asked, timeout)
-
-    def _lane(self, actor: ActorId) -> _Lane:
-        return self._lanes.setdefault(actor, _Lane(self.id))
+        lane = self._lanes.get(target)
+        return await (router.deliver(asked, timeout_s=timeout) if lane is None else lane.ask(router, asked, timeout))
 
 
 class SessionHandle:
@@ -104,28 +112,30 @@ class _Lane:
     def __init__(self, session_id: str) -> None:
         self._session_id = session_id
         self._issued = 0
-        self._ended: dict[int, asyncio.Event] = {}  # of the latest numbers: whether the call is over
+        self._ended: dict[int, asyncio.Event] = {}  # of the calls that are not over
         self._broken: str | None = None
 
     async def ask(self, router: Router, asked: Command, timeout_s: float) -> Any:
         """Ask a query behind every command issued so far."""
+        self._check_order()
         last = self._issued
         asked = replace(asked, session=self._session_id, after=last)
         return await router.deliver(asked, timeout_s=timeout_s, before=self._end_of(last))
 
     async def send(self, router: Router, command: Command, timeout_s: float) -> Any:
         """Give a command the next number and send it."""
-        if self._broken is not None:
-            raise NotApplicable(f"the order of session {self._session_id} is broken: {self._broken}; open a new one")
+        self._check_order()
+        if not 0 < timeout_s < math.inf:
+            raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
         self._issued += 1
         number, before = self._issued, self._end_of(self._issued - 1)
         ended = self._ended[number] = asyncio.Event()
-        self._ended.pop(number - 2 * IN_FLIGHT, None)
         command = replace(command, session=self._session_id, number=number, message_id=f"{self._session_id}.{number}")
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         decided = False
         try:
             left_s = await self._await_window(number, deadline_s)
+            self._check_order()  # one before it may have ended without an outcome meanwhile
             reply = await router.deliver(command, timeout_s=left_s, before=before)
             decided = True
             return reply
@@ -136,19 +146,24 @@ class _Lane:
             if not decided and self._broken is None:
                 self._broken = f"{command.name!r}, its command {number} to {command.actor}, ended without an outcome"
             ended.set()
+            del self._ended[number]
+
+    def _check_order(self) -> None:
+        if self._broken is not None:
+            raise NotApplicable(f"the order of session {self._session_id} is broken: {self._broken}; open a new one")
 
     async def _await_window(self, number: int, deadline_s: float) -> float:
         """Wait until fewer than IN_FLIGHT commands are unanswered; returns the seconds left. Raises Timeout."""
         try:
             async with asyncio.timeout_at(deadline_s):
-                for earlier in range(max(1, number - 2 * IN_FLIGHT + 1), number - IN_FLIGHT + 1):
+                for earlier in [n for n in self._ended if n <= number - IN_FLIGHT]:
                     await self._end_of(earlier).wait()
         except TimeoutError as error:
             raise Timeout(f"command {number} had no turn: {IN_FLIGHT} before it have no answer yet") from error
         return max(deadline_s - asyncio.get_running_loop().time(), SHORTEST_S)
 
     def _end_of(self, number: int) -> asyncio.Event:
-        """The end of an earlier call; one too old to be remembered is over."""
+        """The end of an earlier call; one that is not known any more is over."""
         known = self._ended.get(number)
         if known is None:
             known = asyncio.Event()

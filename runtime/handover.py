@@ -272,7 +272,8 @@ class Handover:
             answer["blackout_ms"] = round((self._clock() - began_s) * 1000, 3)
         except FerryError as error:
             log.warning("destination has not answered; it activates from the map", move=request.move, error=str(error))
-        self._outgoing.pop(request.unit, None)
+        if self._outgoing.get(request.unit) is outgoing:  # else the unit has come back, and is leaving once more
+            del self._outgoing[request.unit]
         self._committed[request.move] = answer
         while len(self._committed) > COMMITS_REMEMBERED:
             self._committed.popitem(last=False)

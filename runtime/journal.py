@@ -170,7 +170,9 @@ def _identified(header: dict[str, Any]) -> dict[str, Any]:
         return {"message_id": text(header, "id")}
     session = text(header, "session")
     opened_at(session)
-    return {"message_id": text(header, "id"), "session": session, "number": number(header, "number")}
+    if (place := number(header, "number")) < 1:
+        raise InvalidInput("the commands of a session are numbered from 1")
+    return {"message_id": text(header, "id"), "session": session, "number": place}
 
 
 def _event(entry: Any) -> list[Any]:

@@ -151,6 +151,8 @@ class Mailboxes:
             handler.check(command.arguments)
             if command.number and handler.kind == "query":
                 return InvalidInput(f"{command.name!r} is a query: in a session, ask it with `session.query`")
+            if command.session and not command.number and handler.kind == "command":
+                return InvalidInput(f"{command.name!r} is a command: in a session, send it with `send_message`")
         except InvalidInput as error:
             return error
         return handler
@@ -200,7 +202,10 @@ class Mailboxes:
         if command.after and (live.memory.sessions.last(command.session) or 0) < command.after:
             if not command.linearizable:
                 await self._look_again(unit, live)
-            if (live.memory.sessions.last(command.session) or 0) < command.after:
+            sessions = live.memory.sessions
+            if sessions.last(command.session) is None and opened_at(command.session) <= sessions.floor:
+                raise _expired(live, sessions.floor)
+            if (sessions.last(command.session) or 0) < command.after:
                 raise OutOfOrder(f"command {command.after} of this session has not reached {live.actor_id} yet")
         return await live.ask(handler, command)
 
@@ -227,7 +232,7 @@ class Mailboxes:
                 last = sessions.last(command.session) or 0
                 raise OutOfOrder(f"{live.actor_id} waits for command {last + 1} of this session, not {command.number}")
             case Admission.EXPIRED:
-                raise SessionExpired(f"{live.actor_id} has forgotten sessions as old as this: open a new one")
+                raise _expired(live, sessions.floor)
             case unknown:
                 assert_never(unknown)
 
@@ -329,3 +334,7 @@ class Mailboxes:
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
         stamped = Answer(value=answer.value, error=answer.error, owner=self._host.node_id, epoch=unit.epoch)
         self._host.answer(delivery, stamped)
+
+
+def _expired(live: LiveActor, floor: int) -> SessionExpired:
+    return SessionExpired(f"{live.actor_id} has forgotten sessions as old as this: open a new one", floor=floor)

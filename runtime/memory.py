@@ -178,7 +178,7 @@ def check_memory(document: Any) -> dict[str, Any]:
                 numbers = [_check_answer(entry, int)[0] for entry in replies]
             case _:
                 raise InvalidInput(f"{shown(session)} is no session: expected [id, last, replies]")
-        if numbers != sorted(set(numbers)) or numbers[-1] != session[1]:
+        if numbers != sorted(set(numbers)) or numbers[0] < 1 or numbers[-1] != session[1]:
             raise InvalidInput(f"session {name} ends at {session[1]}, its replies at {numbers[-1]}")
     return dict(document)
 

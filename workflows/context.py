@@ -19,7 +19,7 @@ from routing import control, shard_map
 from routing.birth import read_birth
 from routing.control import ROWS_PER_PAGE, StepRequest
 from routing.directory import Directory, MapEntry
-from routing.errors import FerryError, InvalidInput, NotApplicable, Timeout, Unavailable, WrongSequence
+from routing.errors import InvalidInput, NotApplicable, Timeout, TransientError, Unavailable, WrongSequence
 from routing.failpoints import Failpoints
 from routing.jsonlike import shown
 from routing.link import Link
@@ -111,14 +111,18 @@ class StepContext:
     async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
         """A move's record as this process saved it last, or, with `fresh` or without such, as stored.
 
-        The former may be out of date: then nodes refuse what is asked, and the store what is saved.
+        The former may be out of date: then nodes refuse what is asked, and the store what is saved. Raises Unavailable,
+        Timeout when that save failed.
         """
         saving = self._saving.pop(move_id, None)
         if saving is not None:
             try:
                 saved = await saving
-            except FerryError as error:
-                log.info("record not saved by the step before", move=move_id, error=str(error))
+            except WrongSequence as error:
+                log.info("record was saved by another", move=move_id, error=str(error))
+            except TransientError:
+                if not fresh:
+                    raise  # the step is tried again, later each time, and reads what is stored
             else:
                 if not fresh:
                     return saved

@@ -37,13 +37,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
 from celery import Task, chain
 
-from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError
+from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError, WrongSequence
 from routing.shard_map import Outcome
 from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
 from workflows.context import StepContext, Worker
@@ -251,7 +252,8 @@ def _place(step: str | None) -> int:
 async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
     move = await context.store.move(move_id)
     if move is not None and move.status not in TERMINAL:
-        await context.store.save(replace(move, error=error, attempts=move.attempts + 1 + attempt))
+        with suppress(WrongSequence):  # it has gone on meanwhile, and what went wrong is in the log
+            await context.store.save(replace(move, error=error, attempts=move.attempts + 1 + attempt))
 
 
 def _task_for(step: Step) -> Any:

@@ -58,8 +58,11 @@ class Reconciler:
             del self._admission.running[ended]
         self._relaunched = Counter({move_id: n for move_id, n in self._relaunched.items() if move_id in unfinished})
         self._standing = {move_id: seen for move_id, seen in self._standing.items() if move_id in unfinished}
+        cancelled = {plan.id for plan in await self._store.running_plans() if plan.cancelled}
         for move in unfinished.values():
-            if move.id not in self._admission.waiting:
+            if move.plan_id in cancelled:  # whoever cancelled it may have died on the way
+                await self._context.settle(move.id, error="its plan was cancelled")
+            elif move.id not in self._admission.waiting:
                 await self._look_at(move)
         return await self._finish_plans()
 

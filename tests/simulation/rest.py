@@ -72,13 +72,15 @@ def _of_node(world: World, machine: NodeMachine) -> list[str]:
 
 async def lose_the_end_of_a_log(world: World) -> None:
     """JetStream loses the end of a stream: every actor that noticed says so, and none goes on from less than it had."""
+    router = world.senders[0].router
+    assert router is not None
+    for actor in world.actors:  # so that none of them is put to rest in the middle of this
+        await router.send_message(actor, "read", message_id=f"before-{actor.key}", timeout_s=5.0)
     stream = world.settings.subjects.log_streams()[world.chance.randrange(world.settings.logs)][0]
     entries = world.nats.entries(stream)
     lost = world.nats.truncate(stream, entries[-1].sequence - world.chance.randint(1, 4)) if entries else []
     remembered = [subject for subject in dict.fromkeys(entry.subject for entry in lost) if _remembers(world, subject)]
     world.note(f"{stream} lost {len(lost)} entries; {len(remembered)} of its actors are live")
-    router = world.senders[0].router
-    assert router is not None
     for subject in remembered:
         actor = next(one for one in world.actors if subject.endswith(f".{one.token}"))
         before = _alarms(world)

@@ -348,6 +348,31 @@ async def test_a_step_whose_predecessor_was_never_recorded_takes_that_one_again(
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
 
 
+@virtually
+async def test_a_store_that_takes_no_writes_makes_each_try_of_a_step_fail() -> None:
+    """Steps taken again and again without a pause would keep extending the pause of the shard."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+        await take(CHAIN[0], context, move.id, 0)
+        await take(CHAIN[1], context, move.id, 0)
+        await asyncio.sleep(1.0)
+
+        async def read_only(saved: Move) -> None:
+            raise Unavailable("Redis is read-only")
+
+        shelf.before = read_only
+        await take(CHAIN[2], context, move.id, 0)
+        asked = len(small.messages)
+        for attempt in range(3):
+            with pytest.raises(Unavailable):
+                await take(CHAIN[3], context, move.id, attempt)
+
+        assert len(small.messages) - asked < 60
+        await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
+
+
 # -- the source's own clock on a lock ----------------------------------------------------------------------------------
 @virtually
 async def test_s1_a_lock_seen_together_with_the_abort_before_it_is_aborted_too() -> None:

@@ -327,3 +327,115 @@ async def test_snapshots_keep_sessions() -> None:
         await small.nodes["a"].node.host.refresh(UNIT)
         small.nodes["a"].node.host.units[UNIT].actors.clear()
         assert await write(sending, 7) == 8
+
+
+# -- found by review -------------------------------------------------------------------------------------------------
+@virtually
+async def test_a_command_asked_as_a_query_of_a_session_is_refused_and_changes_nothing() -> None:
+    """Applied without a number, it would set the session back to the start."""
+    async with cluster("a", "b", snapshot_every=2) as small:
+        sending = session(small)
+        await write(sending, 1)
+
+        with pytest.raises(InvalidInput, match="send_message"):
+            await sending.query(KEY, "write", {"entry": "slipped in"})
+
+        assert await write(sending, 2) == 2
+        assert await write(sending, 3) == 3
+        assert await sending.query(KEY, "read") == [1, 2, 3]
+
+
+@virtually
+async def test_no_more_than_the_window_is_on_its_way_while_one_reply_is_lost() -> None:
+    """The reply to a command that somebody still waits for must not be forgotten."""
+    async with cluster("a", latency=lambda: 0.001) as small:
+        sending = session(small)
+        await write(sending, 0)
+        small.disturb("drop_reply", "request", ".cmd.")
+
+        replies = await asyncio.gather(*(write(sending, n, timeout=60) for n in range(1, 4 * IN_FLIGHT)))
+
+        assert small.disturbed()
+        assert replies == list(range(2, 4 * IN_FLIGHT + 1))
+
+
+@virtually
+@pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
+async def test_a_timeout_that_is_none_takes_no_number(timeout: float) -> None:
+    async with cluster("a") as small:
+        sending = session(small)
+        with pytest.raises(InvalidInput):
+            await write(sending, 1, timeout=timeout)
+
+        assert await write(sending, 2) == 1
+
+
+@virtually
+async def test_a_query_of_a_forgotten_session_says_so() -> None:
+    """It would wait for commands that are long done."""
+    async with cluster("a", sessions_remembered=1) as small:
+        old, new = session(small, 5), session(small, 6)
+        await write(old, 1)
+        await write(new, 2)
+
+        with pytest.raises(SessionExpired) as caught:
+            await old.query(KEY, "read")
+        assert caught.value.floor == 5
+
+
+@virtually
+async def test_the_next_session_is_opened_above_the_floor_of_an_expired_one() -> None:
+    """A sender whose clock was ahead must not keep all others out for as long as it was ahead."""
+    async with cluster("a", sessions_remembered=1) as small:
+        floors: list[int] = []
+        ahead = Session(new_session_id(9_000_000), lambda: small.router)
+        await write(ahead, 1)
+        await write(Session(new_session_id(9_000_001), lambda: small.router), 2)
+        late = Session(new_session_id(50), lambda: small.router, on_expired=floors.append)
+        with pytest.raises(SessionExpired):
+            await write(late, 3)
+
+        assert await write(Session(new_session_id(floors[0] + 2), lambda: small.router), 4) == 3
+
+
+@virtually
+async def test_what_waits_behind_a_broken_order_ends_at_once() -> None:
+    """It was never sent; waiting for its turn would last until its own deadline."""
+    async with cluster("a") as small:
+        sending = session(small)
+        small.nodes["a"].cut()
+        calls = [asyncio.create_task(write(sending, n, timeout=1.0 if n == 0 else 500.0)) for n in range(IN_FLIGHT + 3)]
+        with pytest.raises(FerryError):
+            await calls[0]
+
+        with pytest.raises(NotApplicable):
+            async with asyncio.timeout(1.0):
+                await calls[IN_FLIGHT]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+@virtually
+async def test_a_refusal_after_an_unknown_try_is_in_doubt() -> None:
+    """Applied, the reply lost, and the next owner's code lacks the command: the caller must not hear "unknown"."""
+
+    class Ledger2(Ledger):
+        actor_type = "ledger"
+        handlers = {name: handler for name, handler in Ledger.handlers.items() if name != "touch"}  # noqa: RUF012
+
+    async with cluster("a") as small:
+        await small.add("b", classes=(Ledger2,))
+        small.disturb("drop_reply", "append", ".ev.")
+        small.disturb("drop_request", "publish", "_INBOX", times=1)
+        asking = asyncio.create_task(small.send("k", "write", entry=1))
+        await until(lambda: len(small.log("k")) == 1)
+        await asking
+        small.disturb("drop_reply", "request", ".cmd.")
+        doubtful = asyncio.create_task(small.send("k", "touch"))
+        await until(lambda: len(small.log("k")) == 2)
+        small.nodes["a"].cut()
+        await small.fail_over("b")
+
+        with pytest.raises(InDoubt):
+            await doubtful
