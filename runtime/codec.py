@@ -165,9 +165,11 @@ def join(header: dict[str, Any], body: bytes) -> bytes:
     return orjson.dumps(header) + b"\n" + body
 
 
-def split(payload: bytes) -> tuple[dict[str, Any], bytes]:
+def split(payload: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
     """The inverse of `join`. Raises InvalidInput."""
-    line, _, body = payload.partition(b"\n")
+    end = payload.find(b"\n")
+    line = bytes(payload[:end]) if end >= 0 else bytes(payload)
+    body = bytes(memoryview(payload)[end + 1 :]) if end >= 0 else b""
     try:
         header = jsonlike.loads(line)
     except ValueError as error:

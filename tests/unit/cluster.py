@@ -213,6 +213,13 @@ class SmallCluster:
     # ----------------------------------------------------------------------------------------------- moving
 
     async def step(self, verb: str, request: StepRequest, node: str | None = None) -> dict[str, Any]:
+        """One verb, asked for as a worker does: again while the answer is that it goes on."""
+        answer: dict[str, Any] = {"pending": True}
+        while answer.get("pending"):
+            answer = await self.ask(verb, request, node)
+        return answer
+
+    async def ask(self, verb: str, request: StepRequest, node: str | None = None) -> dict[str, Any]:
         return await control.ask(self.link, self.subjects, node or request.source, verb, request, timeout_s=VERB_S)
 
     async def steps(self, request: StepRequest, *, until_verb: str = "commit") -> dict[str, Any]:
