@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing import control
-from routing.address import ActorId
+from routing.address import ActorId, shard_of
 from routing.birth import found_or_join
 from routing.control import StepRequest
 from routing.directory import Directory, MapEntry
@@ -133,6 +133,18 @@ class SmallCluster:
                 left[0] -= 1
                 return fault
         return "deliver"
+
+    def messages_to(self, part: str) -> list[str]:
+        """Subjects of the requests so far that have `part` among their tokens."""
+        return [subject for kind, subject in self.messages if kind == "request" and part in subject.split(".")]
+
+    def keys_of_shards(self) -> list[str]:
+        """A key in each shard, in the order of their numbers."""
+        shards = self.settings.shards
+        return [
+            next(key for key in map(str, range(10_000)) if shard_of(ActorId("ledger", key), shards) == number)
+            for number in range(shards)
+        ]
 
     def disturb(self, fault: Fault, kind: Kind, part: str, times: int = 1) -> None:
         """Let `fault` befall the next `times` messages of `kind` with `part` in their subject."""
