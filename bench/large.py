@@ -64,7 +64,7 @@ async def _asks(bench: BenchCluster, runs: int, asking_s: float) -> list[Result]
             assert move.finished_at is not None
             idle += [took_ms for _, took_ms in at_rest]
             moving += [took_ms for at, took_ms in asks if move.started_at <= at <= move.finished_at]
-        results.append(_beside(f"ask at the {kind} meanwhile", moving, idle, "ms"))
+        results.append(_beside(f"ask at the {kind} meanwhile", moving, idle, "ms", runs=runs))
     return results
 
 
@@ -139,8 +139,8 @@ def _blackout_ms(move: Move) -> float:
     return move.blackout_ms
 
 
-def _beside(case: str, values: list[float], floors: list[float], unit: str) -> Result:
+def _beside(case: str, values: list[float], floors: list[float], unit: str, *, runs: int = 0) -> Result:
     return Result(
-        case=case, value=percentile(values, 0.5), unit=unit, floor=percentile(floors, 0.5), runs=len(values),
+        case=case, value=percentile(values, 0.5), unit=unit, floor=percentile(floors, 0.5), runs=runs or len(values),
         p50=percentile(values, 0.5), p99=percentile(values, 0.99),
     )  # fmt: skip

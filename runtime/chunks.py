@@ -49,7 +49,6 @@ class ChunkSender:
         except* FerryError as several:
             raise _first(several) from several
 
-
     async def _send(self, subject: str, chunk: bytes) -> None:
         for _ in range(CHUNK_ATTEMPTS - 1):
             with suppress(Timeout):

@@ -31,8 +31,8 @@ class LiveActor:
     """
 
     __slots__ = (
-        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "state_bytes", "trail",
-        "unverified", "used_at_s", "version",
+        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "snapshot_from",
+        "state_bytes", "trail", "unverified", "used_at_s", "version",
     )  # fmt: skip
 
     def __init__(self, actor_id: ActorId, *, used_at_s: float) -> None:
@@ -48,6 +48,7 @@ class LiveActor:
         self.unverified = False  # taken over from a move: compare with the log's tail before the first use
         self.used_at_s = used_at_s
         self.state_bytes = 0  # when last encoded; an estimate for plans
+        self.snapshot_from = 0  # how long the log has to be before a snapshot that failed is tried again
 
     # -- standing at a version ---------------------------------------------------------------------------------------
     def restore(self, actor_class: type[Actor], history: History, *, limits: Limits, max_state_bytes: int) -> None:

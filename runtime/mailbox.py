@@ -359,7 +359,8 @@ class Mailboxes:
 
     async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
         """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
-        if len(live.trail) < self._settings.snapshot_every or live.dirty or unit.state is not UnitState.OPEN:
+        due_from = max(self._settings.snapshot_every, live.snapshot_from)
+        if len(live.trail) < due_from or live.dirty or unit.state is not UnitState.OPEN:
             return
         try:
             record = live.snapshot(
@@ -371,10 +372,12 @@ class Mailboxes:
         except Unavailable:
             pass  # nothing was stored: the next command tries again
         except (StateNotPortable, PayloadTooLarge) as error:
+            live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
             self._host.counters["snapshots_failed"] += 1
             log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
         else:
             live.stored(record, version)
+            live.snapshot_from = 0
             self._host.counters["snapshots"] += 1
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:

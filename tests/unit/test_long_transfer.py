@@ -10,7 +10,10 @@ import pytest
 
 from routing.errors import Busy, NotApplicable, PayloadTooLarge, Timeout, TransientError
 from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.virtual_time import clock, virtually
+from tests.unit.test_races import Office, Shelf, planned
+from tests.unit.virtual_time import clock, until, virtually
+from workflows import migration
+from workflows.records import MigrationStatus
 
 LARGE = "".join(random.Random(2).choices(string.ascii_letters + string.digits, k=20_000))  # 15 kB when compressed
 ALONE = {"chunk_bytes": 500, "transfer_window_bytes": 500, "precopy_from_bytes": 10**9}  # nothing is copied ahead
@@ -116,6 +119,34 @@ async def test_an_abort_ends_a_transfer() -> None:
         assert len(small.messages_to("xfer")) == sent
         with pytest.raises(NotApplicable):
             await small.ask("send", request)
+
+
+@virtually
+async def test_a_worker_and_a_reconciler_let_a_long_move_take_its_time() -> None:
+    """The worker asks on, and its record says that the step is at work: it is neither sent again nor ended."""
+    settings = {**ALONE, "precopy_from_bytes": 10_000, "precopy_bytes_per_s": 1_000}
+    async with cluster("a", "b", **settings) as small:
+        await small.send("k", "write", entry=LARGE)
+        await small.send("late", "write", entry=LARGE)
+        shelf = Shelf()
+        office = Office(small, shelf)
+        office.admission.add([await shelf.save(planned(1))])
+        reconciling = asyncio.create_task(office.run(300))
+        await until(lambda: office.launched)
+        began_s = clock()
+
+        move = shelf.stored["m1"]
+        for step in migration.CHAIN:
+            if step.name == "send":
+                slow_chunks(small, 2.0)
+                small.nodes["b"].node._arrivals._moves.clear()  # so that everything has to be sent again
+            await migration.take(step, office.context, move.id, 0)
+        reconciling.cancel()
+
+        assert clock() - began_s > 90
+        assert office.launched == ["m1"]
+        assert shelf.stored["m1"].status is MigrationStatus.COMPLETED
+        assert await small.send("k", "read") == [LARGE]
 
 
 @virtually
