@@ -46,6 +46,7 @@ class _Staging:
     unit: str
     heard_at_s: float
     actors: dict[int, _Arriving] = field(default_factory=dict)
+    announced_bytes: int = 0
     verifying: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice decodes once
 
 
@@ -77,6 +78,7 @@ class StagedActors:
                     f" this node takes {limit} (FERRY_MAX_STATE_BYTES)"
                 )
             known = staging.actors.get(row.index)
+            staging.announced_bytes += row.transfer_bytes - (known.row.transfer_bytes if known is not None else 0)
             if known is None or not _same_state(known.row, row):
                 known = staging.actors[row.index] = _Arriving(row)
             known.row = row
@@ -88,18 +90,15 @@ class StagedActors:
         """Raises PayloadTooLarge when the move alone exceeds what may be staged here, Busy when all together do."""
         limit = self._settings.transfer_held_bytes
         staging = self._moves.get(request.move)
-        announced = {row.index for row in request.rows}
         of_move = sum(row.transfer_bytes for row in request.rows)
         if staging is not None:
-            of_move += sum(a.row.transfer_bytes for index, a in staging.actors.items() if index not in announced)
+            known = [staging.actors[row.index] for row in request.rows if row.index in staging.actors]
+            of_move += staging.announced_bytes - sum(arriving.row.transfer_bytes for arriving in known)
         if of_move > limit:
             raise PayloadTooLarge(
                 f"move {request.move} brings {of_move} bytes: this node takes {limit} (FERRY_TRANSFER_HELD_BYTES)"
             )
-        of_others = sum(
-            arriving.row.transfer_bytes
-            for move, other in self._moves.items() if move != request.move for arriving in other.actors.values()
-        )  # fmt: skip
+        of_others = sum(other.announced_bytes for move, other in self._moves.items() if move != request.move)
         if of_move + of_others > limit:
             raise Busy(f"{of_others} bytes are arriving here already: try again", retry_after_s=0.5)
 

@@ -10,9 +10,13 @@ from routing.errors import FerryError
 
 
 class Errand:
-    """One piece of work in the background. `spawn` runs it; an error of the tree is kept for whoever asks."""
+    """One piece of work in the background. `spawn` runs it; an error of the tree is kept for whoever asks.
+
+    `told` is set once somebody has heard how it ended: asking again after that means doing it again.
+    """
 
     def __init__(self, spawn: Callable[[Coroutine[Any, Any, None]], Any], work: Coroutine[Any, Any, None]) -> None:
+        self.told = False
         self._ended = asyncio.Event()
         self._error: FerryError | None = None
         self._task: asyncio.Task[None] = spawn(self._run(work))
@@ -32,13 +36,10 @@ class Errand:
                 await self._ended.wait()
         except TimeoutError:
             return False
+        self.told = True
         if self._error is not None:
             raise self._error
         return True
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
 
     def cancel(self) -> None:
         self._task.cancel()

@@ -58,6 +58,7 @@ class Handover:
         self._link, self._spawn = link, spawn
         self._directory, self._subjects, self._settings, self._clock = directory, subjects, settings, clock
         self._failpoints = failpoints
+        self._patience_s = PATIENCE * settings.step_timeout_s
         self._sender = ChunkSender(transfer_link, subjects, settings)
         self._precopy = Precopy(
             mailboxes=mailboxes, sender=self._sender, settings=settings, clock=clock, announce=self._announce,
@@ -139,7 +140,7 @@ class Handover:
 
         await unit.quiet(self._settings.drain_handlers_s)
         still_alone()
-        leaving, held_bytes = list(outgoing.precopied.values()), 0
+        leaving = list(outgoing.precopied.values())
         for live in list(unit.actors.values()):
             if live.instance is None:
                 continue  # its first message came with the gate: the log has all there is of it
@@ -149,8 +150,8 @@ class Handover:
                 known.version = live.version
                 continue
             leaving.append(Leaving.of(live))
-            held_bytes += leaving[-1].state_bytes
-            self._check_room(outgoing, held_bytes)
+            outgoing.held_bytes += leaving[-1].held_bytes
+            self._check_room(outgoing)
             await leaving[-1].take_digest()
         return leaving
 
@@ -163,7 +164,7 @@ class Handover:
             if outgoing.rows is None:
                 rows = []
                 for index, one in enumerate(outgoing.leaving):
-                    await one.encode(self._settings.max_state_bytes)
+                    outgoing.held_bytes += await one.encode(self._settings.max_state_bytes)
                     rows.append(one.row(index))
                     if index % 64 == 63:
                         await asyncio.sleep(0)  # let commands of other shards run
@@ -186,9 +187,9 @@ class Handover:
         unit, outgoing = self._paused(request)
         if outgoing.rows is None:
             raise NotApplicable(f"move {request.move} is not serialized yet")
-        if outgoing.sending is None:
+        if outgoing.sending is None or outgoing.sending.told:
             outgoing.sending = Errand(self._spawn, self._send_all(unit, request, outgoing))
-        if not await self._ended("sending", outgoing):
+        if not await outgoing.sending.ends_within(self._patience_s):
             return {"sent_bytes": outgoing.sent_bytes, "pending": True}
         return {"sent_bytes": outgoing.sent_bytes}
 
@@ -217,9 +218,9 @@ class Handover:
         unit, outgoing = self._paused(request)
         if not outgoing.sent:
             raise NotApplicable(f"move {request.move} is not sent yet")
-        if outgoing.acknowledging is None:
+        if outgoing.acknowledging is None or outgoing.acknowledging.told:
             outgoing.acknowledging = Errand(self._spawn, self._acknowledge(unit, request, outgoing))
-        if not await self._ended("acknowledging", outgoing):
+        if not await outgoing.acknowledging.ends_within(self._patience_s):
             return {"actors": 0, "pending": True}
         return {"actors": len(outgoing.rows or ())}
 
@@ -257,18 +258,7 @@ class Handover:
         )
         return list(numbers(answer, "lacking"))
 
-    async def _ended(self, name: str, outgoing: Outgoing) -> bool:
-        """Whether this errand of the move is over. One that failed is forgotten, so that asking again begins anew."""
-        errand: Errand = getattr(outgoing, name)
-        over = True
-        try:
-            over = await errand.ends_within(PATIENCE * self._settings.step_timeout_s)
-        finally:
-            if over and getattr(outgoing, name) is errand:
-                setattr(outgoing, name, None)
-        return over
-
-    def _check_room(self, outgoing: Outgoing, more_bytes: int) -> None:
+    def _check_room(self, outgoing: Outgoing, more_bytes: int = 0) -> None:
         """Raises PayloadTooLarge when a move alone exceeds what may be held on its way, Busy when all together do."""
         limit = self._settings.transfer_held_bytes
         if outgoing.held_bytes + more_bytes > limit:

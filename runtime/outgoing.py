@@ -75,13 +75,17 @@ class Leaving:
             assert self.captured is not None
             self.digest = await _aside(self.state_bytes, digest_of, self.captured.state)
 
-    async def encode(self, max_state_bytes: int) -> None:
-        """Turn the state into bytes as they travel. Raises PayloadTooLarge."""
-        captured = self.captured
+    async def encode(self, max_state_bytes: int) -> int:
+        """Turn the state into bytes as they travel; returns how many more are held than before.
+
+        Raises PayloadTooLarge.
+        """
+        captured, held_bytes = self.captured, self.held_bytes
         if self.payload is None and captured is not None:
             await self.take_digest()
             self.payload = await _aside(self.state_bytes, _encoded, captured, self.digest, max_state_bytes)
             self.captured = None
+        return self.held_bytes - held_bytes
 
     def row(self, index: int) -> ManifestRow:
         assert self.payload is not None
@@ -125,14 +129,10 @@ class Outgoing:
     sending: Errand | None = None
     sent: bool = False
     sent_bytes: int = 0
+    held_bytes: int = 0  # of everything captured for this move, as states or as payloads
     acknowledging: Errand | None = None
     heir: str | None = None  # the incarnation of the destination that has acknowledged everything
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice prepares once
-
-    @property
-    def held_bytes(self) -> int:
-        listed = {id(one): one for one in (*self.precopied.values(), *(self.leaving or ()))}
-        return sum(one.held_bytes for one in listed.values())
 
     def payload(self, index: int) -> bytes:
         assert self.leaving is not None

@@ -69,6 +69,7 @@ class Precopy:
             goes_on()
             if leaving is not None:
                 outgoing.precopied[live.actor_id] = leaving
+                outgoing.held_bytes += leaving.held_bytes
         if not outgoing.precopied:
             return
         copied = list(outgoing.precopied.values())
