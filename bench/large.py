@@ -1,6 +1,6 @@
 """`large`: a 64 MiB actor beside a 1 KB one: its blackout, its bytes per second, and what its move costs others.
 
-pre-copied     the blackout of the 64 MiB actor; its floor is the blackout of a 1 KB actor in the same run
+pre-copied     the blackout of the 64 MiB actor, at rest and getting commands; its floor is the blackout of a 1 KB actor
 cold           bytes per second of the `send` step when nothing was copied before the pause; its floor is raw NATS
                chunks with an acknowledgement window between two processes like the nodes
 ask            latency of a query to another actor while the 64 MiB actor moves; its floor is the same, idle
@@ -21,7 +21,7 @@ from routing.settings import Settings
 from workflows.records import MigrationStatus, Move
 
 STATE_BYTES, RUNS, ASKING_S = 64 * 2**20, 7, 1.5
-ASK_EVERY_S = 0.003
+ASK_EVERY_S, TOUCH_EVERY_S = 0.003, 0.05
 NO_PRECOPY = {"FERRY_PRECOPY_FROM_BYTES": str(2**40)}
 LARGE = ActorId("large", "one")
 
@@ -39,13 +39,26 @@ async def measure(state_bytes: int = STATE_BYTES, runs: int = RUNS, asking_s: fl
 
 
 async def _blackouts(bench: BenchCluster, runs: int) -> list[Result]:
-    """Moves of the small and of the large actor alternate, so that both see the same machine."""
+    """Moves of the small and of the large actor alternate, so that all see the same machine."""
     small = await _small_actor(bench, "small")
-    of_small, of_large = [], []
+    of_small, at_rest, in_use = [], [], []
     for _ in range(runs + 1):
         of_small.append(_blackout_ms(await _move(bench, small)))
-        of_large.append(_blackout_ms(await _move(bench, LARGE)))
-    return [_beside("pre-copied, blackout", of_large[1:], of_small[1:], "ms")]  # the first warms connections up
+        at_rest.append(_blackout_ms(await _move(bench, LARGE)))
+        touching = asyncio.create_task(_touch(bench))
+        in_use.append(_blackout_ms(await _move(bench, LARGE)))
+        touching.cancel()
+    return [  # the first of each warms connections up
+        _beside("pre-copied, blackout", at_rest[1:], of_small[1:], "ms"),
+        _beside("pre-copied, in use, blackout", in_use[1:], of_small[1:], "ms"),
+    ]
+
+
+async def _touch(bench: BenchCluster) -> None:
+    """Commands to the large actor, one at a time: what was copied ahead is never its latest state."""
+    while True:
+        await bench.client.send_message(LARGE, "touch", {}, timeout=30)
+        await asyncio.sleep(TOUCH_EVERY_S)
 
 
 async def _asks(bench: BenchCluster, runs: int, asking_s: float) -> list[Result]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from routing.address import ActorId
 from routing.errors import NotApplicable, Timeout, Unavailable
 from runtime.journal import Kind, Record
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
@@ -20,6 +21,16 @@ SMALL_CHUNKS: dict[str, Any] = {"chunk_bytes": 500, "transfer_window_bytes": 100
 
 def chunks(small: SmallCluster) -> int:
     return sum(1 for kind, subject in small.messages if kind == "request" and ".xfer." in subject)
+
+
+async def append_stray(small: SmallCluster, node: str, *, entry: str) -> None:
+    """A command of actor k that lands in its log without its owner knowing: message id "stray"."""
+    host, log = small.nodes[node].node.host, small.log("k")
+    record = Record(
+        kind=Kind.COMMAND, epoch=1, incarnation="stray", trail=tuple(entry.sequence for entry in log),
+        message_id="stray", events=[["written", {"entry": entry}]], reply=len(log) + 1,
+    )  # fmt: skip
+    await host._mailboxes._journal.append(ActorId("ledger", "k"), record, after=log[-1].sequence)
 
 
 def counter(small: SmallCluster, node: str, name: str) -> int:
@@ -99,6 +110,22 @@ async def test_of_an_actor_that_has_changed_since_only_the_log_is_read() -> None
 
 
 @virtually
+async def test_what_was_replayed_is_compared_with_the_log_again_before_its_first_use() -> None:
+    """An append of the earlier owner, given up by it, lands after the destination has caught up."""
+    async with cluster("a", "b", precopy_bytes_per_s=5_000, **SMALL_CHUNKS) as small:
+        await small.send("k", "write", entry=LARGE)
+        request = await small.lock("m", "b")
+        await small.ask("pause", request)
+        await small.send("k", "write", entry="one")
+        await small.steps(request, until_verb="await_ack")
+        await append_stray(small, "a", entry="two")
+
+        await small.step("commit", request)
+
+        assert await small.send("k", "read") == [LARGE, "one", "two"]
+
+
+@virtually
 async def test_a_snapshot_since_is_taken_from_the_log() -> None:
     """It has replaced the messages that would have been replayed; the log has the whole state then."""
     async with cluster("a", "b", precopy_bytes_per_s=5_000, snapshot_every=3, **SMALL_CHUNKS) as small:
@@ -134,6 +161,33 @@ async def test_the_copy_is_of_a_moment_between_two_commands() -> None:
         assert before == 0
         assert await slow == 2
         assert await small.send("k", "read") == [LARGE, "slow"]
+
+
+@virtually
+async def test_an_effect_that_is_not_in_the_log_yet_is_not_in_the_copy() -> None:
+    """While an append is on its way the instance is ahead of its version: replayed on such a copy, it counts twice."""
+    async with cluster("a", "b", precopy_bytes_per_s=5_000, **SMALL_CHUNKS) as small:
+        await small.send("k", "write", entry=LARGE)
+        link, began = small.nodes["a"].link, asyncio.Event()
+        append = link.append
+
+        async def late(subject: str, payload: bytes, **more: Any) -> int:
+            began.set()
+            await asyncio.sleep(1)
+            return await append(subject, payload, **more)
+
+        request = await small.lock("m", "b")
+        link.append = late  # type: ignore[method-assign]
+        writing = asyncio.create_task(small.send("k", "write", entry="one"))
+        await began.wait()
+
+        await small.ask("pause", request)
+        link.append = append  # type: ignore[method-assign]
+        assert await writing == 2
+        await small.send("k", "write", entry="two")
+        await small.steps(request)
+
+        assert await small.send("k", "read") == [LARGE, "one", "two"]
 
 
 @virtually
@@ -307,15 +361,25 @@ async def test_an_owner_behind_its_log_replays_only_what_it_lacks() -> None:
         await small.send("k", "write", entry="two")
         await small.move("m", "b")
         await small.served_by("b")
-        log = small.log("k")
-        stray = Record(
-            kind=Kind.COMMAND, epoch=1, incarnation="stray", trail=tuple(entry.sequence for entry in log),
-            message_id="stray", events=[["written", {"entry": "three"}]], reply=3,
-        )  # fmt: skip
-        node = small.nodes["b"].node
-        live = next(iter(node.host.units[UNIT].actors.values()))
-        await node.host._mailboxes._journal.append(live.actor_id, stray, after=live.version)
+        await append_stray(small, "b", entry="three")
 
         assert await small.send("k", "write", "stray", entry="three") == 3
         assert await small.send("k", "read") == ["one", "two", "three"]
         assert (counter(small, "b", "replayed"), counter(small, "b", "activations")) == (1, 0)
+
+
+@virtually
+async def test_a_move_that_ends_while_its_pause_waits_for_the_copy_closes_no_gate() -> None:
+    """The map is read again before the gate is closed: nobody would open a gate closed for a move that has ended."""
+    async with cluster("a", "b", precopy_bytes_per_s=20_000, **SMALL_CHUNKS) as small:
+        await small.send("k", "write", entry=LARGE)
+        request = await small.lock("m", "b")
+        pausing = asyncio.create_task(small.ask("pause", request))
+        await until(lambda: chunks(small) > 2)
+        await small.abort("m")
+
+        with pytest.raises(NotApplicable):
+            await pausing
+
+        assert small.nodes["a"].node.host.units[UNIT].pause is None
+        assert await small.send("k", "write", entry="on", timeout_s=0.5) == 2
