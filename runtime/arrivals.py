@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -19,10 +20,9 @@ from routing.errors import Busy, InvalidInput, PayloadTooLarge, StateNotPortable
 from routing.jsonlike import shown
 from routing.settings import Settings
 from runtime.actor import ActorClasses
-from runtime.codec import sequence, split, text
+from runtime.codec import aside, sequence, split, text
 from runtime.live_actor import LiveActor
 from runtime.memory import Limits
-from runtime.outgoing import INLINE_BYTES
 from runtime.portable import Portable
 
 log = structlog.get_logger("ferry.arrivals")
@@ -148,10 +148,7 @@ class StagedActors:
         row, data = arriving.row, arriving.data
         if arriving.received_bytes < row.transfer_bytes or data is None:
             raise Unavailable(f"{row.actor_id} of move {move} has not arrived whole: send it again")
-        if row.transfer_bytes > INLINE_BYTES:
-            portable, state = await asyncio.to_thread(self._unpack, move, row, data)
-        else:
-            portable, state = self._unpack(move, row, data)
+        portable, state = await aside(row.transfer_bytes, partial(self._unpack, move, row, data))
         return portable.activate(
             self._classes, limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
             used_at_s=self._clock(), state=state,

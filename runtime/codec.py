@@ -10,10 +10,12 @@ whatever the codec.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import zstandard
@@ -24,7 +26,10 @@ from routing.address import ActorId
 from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable
 from runtime.actor import Actor
 
+INLINE_BYTES = 64 * 1024  # digested and compressed in the time that handing over to a thread and back takes
 PIECE_BYTES = 2**20  # copied at once; a few hundred microseconds
+T = TypeVar("T")
+
 COMPRESS_FROM_BYTES = 1024  # below this zstd saves less than a JSON header costs
 
 
@@ -160,6 +165,11 @@ def unpack(frame: Frame, *, max_bytes: int) -> bytes:
     if len(state) != frame.state_bytes or digest_of(state) != frame.digest:
         raise StateNotPortable("state does not match its digest: it was damaged on the way")
     return state
+
+
+async def aside(size_bytes: int, work: Callable[[], T]) -> T:
+    """Run pure work on bytes: in a thread when it is long enough to hold up the commands of others."""
+    return work() if size_bytes <= INLINE_BYTES else await asyncio.to_thread(work)
 
 
 def join(header: dict[str, Any], body: bytes) -> bytes:

@@ -359,11 +359,14 @@ class Mailboxes:
 
     async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
         """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
-        due_from = max(self._settings.snapshot_every, live.snapshot_from)
-        if len(live.trail) < due_from or live.dirty or unit.state is not UnitState.OPEN:
+        every = self._settings.snapshot_every
+        if not live.snapshot_from:
+            times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
+            live.snapshot_from = every if times < 2 else every << times.bit_length()
+        if len(live.trail) < live.snapshot_from or live.dirty or unit.state is not UnitState.OPEN:
             return
         try:
-            record = live.snapshot(
+            record = await live.snapshot(
                 epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
             )
             version = await self._journal.append(live.actor_id, record, after=live.version)

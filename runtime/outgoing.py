@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from routing.address import ActorId
 from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
-from runtime.codec import capture_state, digest_of, pack
+from runtime.codec import aside, capture_state, digest_of, pack
 from runtime.errand import Errand
 from runtime.live_actor import LiveActor
 from runtime.portable import Portable
-
-INLINE_BYTES = 64 * 1024  # up to here digesting and compressing takes less than handing over to a thread disturbs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +72,7 @@ class Leaving:
     async def take_digest(self) -> None:
         if not self.digest:
             assert self.captured is not None
-            self.digest = await _aside(self.state_bytes, digest_of, self.captured.state)
+            self.digest = await aside(self.state_bytes, partial(digest_of, self.captured.state))
 
     async def encode(self, max_state_bytes: int) -> int:
         """Turn the state into bytes as they travel; returns how many more are held than before.
@@ -83,7 +82,7 @@ class Leaving:
         captured, held_bytes = self.captured, self.held_bytes
         if self.payload is None and captured is not None:
             await self.take_digest()
-            self.payload = await _aside(self.state_bytes, _encoded, captured, self.digest, max_state_bytes)
+            self.payload = await aside(self.state_bytes, partial(_encoded, captured, self.digest, max_state_bytes))
             self.captured = None
         return self.held_bytes - held_bytes
 
@@ -104,13 +103,6 @@ def _encoded(captured: Captured, digest: str, max_state_bytes: int) -> bytes:
         actor_id=captured.actor_id, version=captured.version, epoch=captured.epoch, trail=captured.trail,
         memory=captured.memory, frame=frame,
     ).encode()  # fmt: skip
-
-
-async def _aside(size_bytes: int, work: Any, *arguments: Any) -> Any:
-    """Run pure byte work in a thread when it is long enough to hold up the commands of others."""
-    if size_bytes <= INLINE_BYTES:
-        return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
 
 
 @dataclass(slots=True)

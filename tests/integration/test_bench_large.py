@@ -21,8 +21,8 @@ async def test_each_case_of_a_large_actor_is_measured_beside_its_floor() -> None
     found = document("large", await large.measure(300_000, runs=1, asking_s=0.05))
 
     assert [row["case"] for row in found["results"]] == [
-        "pre-copied, blackout", "pre-copied, in use, blackout", "ask at the destination meanwhile", "ask at the source meanwhile",
-        "cold, rate of the send step", "cold, blackout",
+        "pre-copied, blackout", "pre-copied, in use, blackout", "ask at the destination meanwhile",
+        "ask at the source meanwhile", "cold, rate of the send step", "cold, blackout",
     ]  # fmt: skip
     for row in found["results"]:
         assert {"value", "unit", "floor", "ratio", "runs", "p50", "p99"} <= row.keys()

@@ -829,6 +829,25 @@ async def test_a_state_that_cannot_be_snapshotted_does_not_stop_its_actor() -> N
         assert not small.nodes["a"].task.done()
 
 
+@virtually
+async def test_the_next_owner_does_not_try_at_once_what_the_one_before_could_not() -> None:
+    """A log that is overlong already could not be rolled up: a large state is not encoded in vain after every move."""
+    async with cluster(snapshot_every=3) as small:
+        for name in ("a", "b"):
+            await small.add(name, classes=[Awkward])
+        await small.assign("a")
+        await small.served_by("a")
+        awkward = ActorId("awkward", "k")
+        for _ in range(6):
+            await small.router.send_message(awkward, "become", {"how": "raises"})
+
+        await small.fail_over("b")
+        for _ in range(8):
+            await small.router.send_message(awkward, "become", {"how": "raises"})
+
+        assert small.nodes["b"].node.host.counters["snapshots_failed"] == 1  # the claim makes it 7: tried from 12 on
+
+
 # ----------------------------------------------------------------------------------------------- bounds, slowness
 
 
