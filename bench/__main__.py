@@ -13,7 +13,7 @@ import click
 
 from bench.results import document, table
 
-NAMES = ("chain", "blackout")
+NAMES = ("chain", "blackout", "large")
 
 
 @click.command()

@@ -30,7 +30,7 @@ class BenchCluster:
     context: StepContext
     client: Cluster
 
-    async def migrate(self, shard: int, destination: str) -> Move:
+    async def migrate(self, shard: int, destination: str, *, look_every_s: float = 0.002) -> Move:
         """Move a shard by hand and wait for its record to end."""
         asked = {"shard": shard, "destination": destination}
         answer = await control.ask(
@@ -42,7 +42,7 @@ class BenchCluster:
             moves = await self.context.store.moves(plan_id=plan_id)
             return moves[0] if moves and moves[0].status in TERMINAL else None
 
-        move: Move = await until(ended, "the move to end", pause_s=0.002)
+        move: Move = await until(ended, "the move to end", pause_s=look_every_s)
         return move
 
     def start_noop_worker(self) -> LocalProcess:

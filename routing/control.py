@@ -35,7 +35,10 @@ class StepRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestRow:
-    """One actor a source is about to send: its place in the move, and what its transfer will be."""
+    """One actor a source is about to send: its place in the move, and what its transfer will be.
+
+    `captured_version` is set when the state is older than `version`: the log has what is in between.
+    """
 
     index: int
     actor_id: str
@@ -43,6 +46,12 @@ class ManifestRow:
     digest: str
     state_bytes: int
     transfer_bytes: int
+    captured_version: int | None = None
+
+    @property
+    def state_version(self) -> int:
+        """The version of the log that the transferred state stands at."""
+        return self.version if self.captured_version is None else self.captured_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,7 @@ class _ManifestRowSchema(_Strict):
     digest = _name
     state_bytes = _count
     transfer_bytes = _count
+    captured_version = fields.Integer(load_default=None, allow_none=True, strict=True, validate=validate.Range(0))
 
     @post_load
     def build(self, values: dict[str, Any], **_: Any) -> ManifestRow:

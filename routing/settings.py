@@ -62,6 +62,9 @@ class Settings:
     max_state_bytes: int = 256 * 2**20
     chunk_bytes: int = 64 * 1024
     transfer_window_bytes: int = 2**20
+    transfer_held_bytes: int = 2**30  # of states on their way, held by a node as source, and as destination
+    precopy_from_bytes: int = 64 * 1024  # states from this size on are sent before the gate is closed
+    precopy_bytes_per_s: int = 32 * 2**20  # how fast, because their actors and all others go on meanwhile
     snapshot_every: int = 32  # commands between two snapshots of an actor
     dedup_window: int = 128  # latest command ids remembered per actor
     sessions_remembered: int = 64  # ordered sender sessions remembered per actor

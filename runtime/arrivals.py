@@ -7,18 +7,20 @@ it. It is kept until the map says how the move ended, or until nothing was heard
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import structlog
 
 from routing.control import ManifestRow, MigrationRequest
-from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable, Unavailable
+from routing.errors import Busy, InvalidInput, PayloadTooLarge, StateNotPortable, Unavailable
 from routing.jsonlike import shown
 from routing.settings import Settings
 from runtime.actor import ActorClasses
-from runtime.codec import sequence, split, text
+from runtime.codec import aside, sequence, split, text
 from runtime.live_actor import LiveActor
 from runtime.memory import Limits
 from runtime.portable import Portable
@@ -44,6 +46,8 @@ class _Staging:
     unit: str
     heard_at_s: float
     actors: dict[int, _Arriving] = field(default_factory=dict)
+    announced_bytes: int = 0
+    verifying: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice decodes once
 
 
 class StagedActors:
@@ -61,6 +65,7 @@ class StagedActors:
 
         Raises UnknownActorType and PayloadTooLarge before anything is allocated.
         """
+        self._check_room(request)
         staging = self._moves.setdefault(request.move, _Staging(request.unit, self._clock()))
         staging.heard_at_s = self._clock()
         lacking = []
@@ -73,11 +78,29 @@ class StagedActors:
                     f" this node takes {limit} (FERRY_MAX_STATE_BYTES)"
                 )
             known = staging.actors.get(row.index)
-            if known is None or known.row != row:
+            staging.announced_bytes += row.transfer_bytes - (known.row.transfer_bytes if known is not None else 0)
+            if known is None or not _same_state(known.row, row):
                 known = staging.actors[row.index] = _Arriving(row)
+            known.row = row
             if known.received_bytes < row.transfer_bytes:
                 lacking.append(row.index)
         return lacking
+
+    def _check_room(self, request: MigrationRequest) -> None:
+        """Raises PayloadTooLarge when the move alone exceeds what may be staged here, Busy when all together do."""
+        limit = self._settings.transfer_held_bytes
+        staging = self._moves.get(request.move)
+        of_move = sum(row.transfer_bytes for row in request.rows)
+        if staging is not None:
+            known = [staging.actors[row.index] for row in request.rows if row.index in staging.actors]
+            of_move += staging.announced_bytes - sum(arriving.row.transfer_bytes for arriving in known)
+        if of_move > limit:
+            raise PayloadTooLarge(
+                f"move {request.move} brings {of_move} bytes: this node takes {limit} (FERRY_TRANSFER_HELD_BYTES)"
+            )
+        of_others = sum(other.announced_bytes for move, other in self._moves.items() if move != request.move)
+        if of_move + of_others > limit:
+            raise Busy(f"{of_others} bytes are arriving here already: try again", retry_after_s=0.5)
 
     def receive(self, payload: bytes) -> None:
         """Store the pieces of one chunk. Repeats are ignored. Raises InvalidInput for what was never announced."""
@@ -100,39 +123,77 @@ class StagedActors:
                 arriving.received_bytes += size
             position += size
 
-    async def verify(self, move: str) -> int:
-        """Decode everything that arrived and check it against the manifest; returns how many actors are ready.
+    async def verify(self, move: str, *, until_s: float = math.inf) -> int:
+        """Decode what arrived and check it against the manifest; returns how many actors are ready.
 
-        Raises StateNotPortable when something is damaged or this node's code cannot take it, Unavailable when
-        something is missing: the source sends again.
+        After `until_s` on the clock it stops and returns what there is: ask again. Raises StateNotPortable when
+        something is damaged or this node's code cannot take it, Unavailable when something is missing: the source
+        sends again.
         """
         staging = self._moves.get(move)
         if staging is None:
             raise Unavailable(f"move {move} is not staged here: send it again")
         staging.heard_at_s = self._clock()
-        for arriving in list(staging.actors.values()):
-            if arriving.live is None:
-                arriving.live = self._decode(move, arriving)
-                arriving.data = None
-                await asyncio.sleep(0)  # decoding a large shard must not hold up the commands of others
-        return len(staging.actors)
+        async with staging.verifying:
+            for arriving in list(staging.actors.values()):
+                if arriving.live is None:
+                    arriving.live = await self._decode(move, arriving)
+                    arriving.data = None
+                    if self._clock() >= until_s:
+                        break
+                    await asyncio.sleep(0)  # decoding a large shard must not hold up the commands of others
+        return sum(1 for arriving in staging.actors.values() if arriving.live is not None)
 
-    def _decode(self, move: str, arriving: _Arriving) -> LiveActor:
-        row = arriving.row
-        if arriving.received_bytes < row.transfer_bytes or arriving.data is None:
+    async def _decode(self, move: str, arriving: _Arriving) -> LiveActor:
+        row, data = arriving.row, arriving.data
+        if arriving.received_bytes < row.transfer_bytes or data is None:
             raise Unavailable(f"{row.actor_id} of move {move} has not arrived whole: send it again")
+        portable, state = await aside(row.transfer_bytes, partial(self._unpack, move, row, data))
+        return portable.activate(
+            self._classes, limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
+            used_at_s=self._clock(), state=state,
+        )  # fmt: skip
+
+    def _unpack(self, move: str, row: ManifestRow, data: bytearray) -> tuple[Portable, bytes]:
+        """Nothing but work on bytes, for which a thread will do."""
         try:
-            portable = Portable.decode(bytes(arriving.data))
+            portable = Portable.decode(data)
         except InvalidInput as error:
             raise StateNotPortable(f"{row.actor_id} of move {move} was damaged on the way: {error}") from error
         frame = portable.frame
         arrived = (str(portable.actor_id), portable.version, frame.digest, frame.state_bytes)
-        if arrived != (row.actor_id, row.version, row.digest, row.state_bytes):
+        if arrived != (row.actor_id, row.state_version, row.digest, row.state_bytes):
             raise StateNotPortable(f"{row.actor_id} of move {move} is not what was announced")
-        return portable.activate(
-            self._classes, limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
-            used_at_s=self._clock(),
-        )  # fmt: skip
+        return portable, portable.state(self._settings.max_state_bytes)
+
+    async def catch_up(self, move: str, replay_on: Callable[[LiveActor], Awaitable[None]]) -> None:
+        """Bring the actors that have changed since they were copied to the version they are announced at.
+
+        One that cannot be brought there is lacking from then on: half a replay is no state. Raises what reading the
+        log and replaying raise.
+        """
+        staging = self._moves.get(move)
+        if staging is None:
+            raise Unavailable(f"move {move} is not staged here: send it again")
+        async with staging.verifying:
+            for arriving in list(staging.actors.values()):
+                live, row = arriving.live, arriving.row
+                if live is not None and live.version < row.version:
+                    arriving.live = None
+                    try:
+                        await replay_on(live)
+                        if live.version < row.version:
+                            raise Unavailable(f"log of {row.actor_id} ends before {row.version}: try again")
+                    except BaseException:
+                        arriving.offsets.clear()
+                        arriving.received_bytes = 0
+                        raise
+                    live.unverified = True
+                    arriving.live = live
+
+    def announced(self, move: str) -> int:
+        staging = self._moves.get(move)
+        return 0 if staging is None else len(staging.actors)
 
     # -- for the host ------------------------------------------------------------------------------------------------
     def take(self, unit: str, move: str) -> list[LiveActor]:
@@ -154,6 +215,13 @@ class StagedActors:
         silent_since_s = self._clock() - self._settings.lock_lease_s
         for stale in [m for m, staging in self._moves.items() if staging.heard_at_s < silent_since_s]:
             del self._moves[stale]
+
+
+def _same_state(one: ManifestRow, other: ManifestRow) -> bool:
+    """Whether two rows announce the same bytes, whatever has come into the log since."""
+    return replace(one, version=0, captured_version=one.state_version) == replace(
+        other, version=0, captured_version=other.state_version
+    )
 
 
 def _pieces(header: dict[str, Any]) -> list[tuple[int, int, int]]:

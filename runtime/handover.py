@@ -3,6 +3,8 @@
     source        pause -> capture -> serialize -> send -> await_ack -> commit       or resume, at any point
     destination              stage (handle_migration_request), chunks, verify, activate
 
+Large states are staged and verified within `pause` already, before the gate is closed (runtime/precopy.py).
+
 Every verb is idempotent under the move id, and acts only while this source is paused for that move. A source that is
 not (any more) raises NotApplicable: the map has moved on, and the worker reads there how.
 """
@@ -11,17 +13,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
 
 from routing import control, shard_map
-from routing.address import ActorId
-from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
+from routing.control import ROWS_PER_PAGE, MigrationRequest, StepRequest
 from routing.directory import Directory
-from routing.errors import FerryError, InvalidInput, NotApplicable, Unavailable
+from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Unavailable
 from routing.failpoints import Failpoints
 from routing.link import Link
 from routing.settings import Settings
@@ -29,56 +29,21 @@ from routing.shard_map import Outcome
 from routing.subjects import Subjects
 from runtime import rules
 from runtime.arrivals import StagedActors
-from runtime.codec import capture_state, digest_of, join, number, numbers, pack, text
+from runtime.chunks import ChunkSender
+from runtime.codec import number, numbers, text
+from runtime.errand import Errand
 from runtime.host import Host
-from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
-from runtime.portable import Portable
+from runtime.outgoing import Leaving, Outgoing, manifest_pages
+from runtime.precopy import Precopy
 from runtime.unit import Unit, UnitState
 
 log = structlog.get_logger("ferry.handover")
 
 COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's answer
 NEWS_S = 0.05  # the map's watch tells of a COMMIT at about the time its source does
+PATIENCE = 0.5  # of the asker's deadline: a verb answers "pending" after that instead of letting it pass
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Captured:
-    """One actor as it stood when the gate was closed. Nothing here follows the live actor afterwards."""
-
-    actor_id: ActorId
-    schema: int
-    version: int
-    epoch: int
-    trail: tuple[int, ...]
-    memory: dict[str, Any]
-    state: bytes
-    digest: str
-
-    @classmethod
-    def of(cls, live: LiveActor) -> _Captured:
-        """Raises StateNotPortable when the state cannot be encoded."""
-        assert live.instance is not None
-        assert live.memory is not None
-        state = capture_state(live.instance)
-        return cls(
-            actor_id=live.actor_id, schema=live.instance.schema_version, version=live.version, epoch=live.epoch,
-            trail=live.trail, memory=live.memory.to_document(), state=state, digest=digest_of(state),
-        )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    """What a paused source has prepared for one move."""
-
-    move: str
-    captured: list[_Captured] | None = None
-    rows: list[ManifestRow] | None = None
-    payloads: list[bytes] = field(default_factory=list)
-    sent: bool = False
-    heir: str | None = None  # the incarnation of the destination that has acknowledged everything
-    capturing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice captures once
 
 
 class Handover:
@@ -87,13 +52,19 @@ class Handover:
     def __init__(
         self, *, host: Host, mailboxes: Mailboxes, arrivals: StagedActors, link: Link, transfer_link: Link,
         directory: Directory, subjects: Subjects, settings: Settings, clock: Callable[[], float],
-        failpoints: Failpoints,
+        failpoints: Failpoints, spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
         self._host, self._mailboxes, self._arrivals = host, mailboxes, arrivals
-        self._link, self._transfer_link = link, transfer_link
+        self._link, self._spawn = link, spawn
         self._directory, self._subjects, self._settings, self._clock = directory, subjects, settings, clock
         self._failpoints = failpoints
-        self._outgoing: dict[str, _Outgoing] = {}  # unit -> the move it is paused for
+        self._patience_s = PATIENCE * settings.step_timeout_s
+        self._sender = ChunkSender(transfer_link, subjects, settings)
+        self._precopy = Precopy(
+            mailboxes=mailboxes, sender=self._sender, settings=settings, clock=clock, announce=self._announce,
+            verify=self._verify_precopied, check_room=self._check_room,
+        )  # fmt: skip
+        self._outgoing: dict[str, Outgoing] = {}  # unit -> the move it is locked or paused for
         self._committed: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     # -- source ------------------------------------------------------------------------------------------------------
@@ -101,9 +72,24 @@ class Handover:
         """Close the gate of the whole unit and let what runs finish. Answers `{"actors", "waiting"}`.
 
         The whole unit, not only its live actors: otherwise a message would activate one in the middle of the move.
+        Large states are copied before; while that goes on the answer has `"pending": true` and the gate is open.
         """
-        entry = await self._directory.refresh(request.unit)
-        host = self._host
+        unit = await self._locked(request)
+        outgoing = self._outgoing.get(request.unit)
+        if outgoing is None or outgoing.move != request.move:
+            if outgoing is not None:
+                outgoing.cancel()
+            outgoing = self._outgoing[request.unit] = Outgoing(request.move)
+        if unit.state is UnitState.OPEN and not outgoing.precopy_over and self._precopy.candidates(unit):
+            if not await self._precopied(unit, request, outgoing):
+                return {"actors": len(unit.actors), "waiting": 0, "pending": True}
+            unit = await self._locked(request)
+        await self._host.close_gate(unit, request.move)
+        return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+
+    async def _locked(self, request: StepRequest) -> Unit:
+        """The unit as held here, locked for this move by the map as it is now. Raises NotApplicable, Unavailable."""
+        entry, host = await self._directory.refresh(request.unit), self._host
         if entry is None or not rules.applies(
             entry.ownership, move=request.move, epoch=request.epoch, node=host.node_id, incarnation=host.incarnation
         ):
@@ -111,10 +97,25 @@ class Handover:
         unit = host.units.get(request.unit)
         if unit is None or unit.state is UnitState.OPENING:
             raise Unavailable(f"{request.unit} is just being opened here: try again")
-        if request.unit not in self._outgoing or self._outgoing[request.unit].move != request.move:
-            self._outgoing[request.unit] = _Outgoing(request.move)
-        await host.close_gate(unit, request.move)
-        return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+        return unit
+
+    async def _precopied(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> bool:
+        """Whether copying ahead is over, after waiting for it a little: handlers get their time to finish after that.
+
+        It may have failed: then the steps that follow do without, and tell what is wrong.
+        """
+        patience_s = PATIENCE * (self._settings.step_timeout_s - self._settings.drain_handlers_s)
+        if unit.locked_since_s is not None:
+            unit.locked_since_s = self._clock()
+        if outgoing.precopy is None:
+            outgoing.precopy = Errand(self._spawn, self._precopy.run(unit, request, outgoing))
+        try:
+            outgoing.precopy_over = await outgoing.precopy.ends_within(patience_s)
+        except FerryError as error:
+            log.warning("large states not copied ahead", move=request.move, error=str(error))
+            self._host.counters["precopies_failed"] += 1
+            outgoing.precopy_over = True
+        return outgoing.precopy_over
 
     async def capture(self, request: StepRequest) -> dict[str, Any]:
         """Take the state of every live actor at the last sequence of its log. Answers a page of rows.
@@ -122,48 +123,52 @@ class Handover:
         Raises StateNotPortable naming the actor whose state cannot be encoded.
         """
         unit, outgoing = self._paused(request)
-        async with outgoing.capturing:
-            if outgoing.captured is None:
-                outgoing.captured = await self._capture_all(unit, request)
+        async with outgoing.preparing:
+            if outgoing.leaving is None:
+                outgoing.leaving = await self._capture_all(unit, request, outgoing)
         rows = [
-            {"index": index, "actor_id": str(c.actor_id), "version": c.version, "digest": c.digest}
-            for index, c in enumerate(outgoing.captured)
+            {"index": index, "actor_id": str(one.actor_id), "version": one.version, "digest": one.digest}
+            for index, one in enumerate(outgoing.leaving)
         ]
         return _page(rows, request.offset)
 
-    async def _capture_all(self, unit: Unit, request: StepRequest) -> list[_Captured]:
+    async def _capture_all(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> list[Leaving]:
+        """What was copied before keeps its place and its bytes; everything else is captured now."""
+
         def still_alone() -> None:
             self._still_paused(unit, request)
 
         await unit.quiet(self._settings.drain_handlers_s)
         still_alone()
-        captured = []
+        leaving = list(outgoing.precopied.values())
         for live in list(unit.actors.values()):
             if live.instance is None:
                 continue  # its first message came with the gate: the log has all there is of it
             await self._mailboxes.make_current(unit, live, still_alone)
-            captured.append(_Captured.of(live))
-        return captured
+            known = outgoing.precopied.get(live.actor_id)
+            if known is not None:
+                known.version = live.version
+                continue
+            leaving.append(Leaving.of(live))
+            outgoing.held_bytes += leaving[-1].held_bytes
+            self._check_room(outgoing)
+            await leaving[-1].take_digest()
+        return leaving
 
     async def serialize(self, request: StepRequest) -> dict[str, Any]:
         """Turn captured state into bytes. Answers a page of rows with sizes. Raises PayloadTooLarge."""
         _, outgoing = self._paused(request)
-        if outgoing.captured is None:
-            raise NotApplicable(f"move {request.move} is not captured yet")
-        if outgoing.rows is None:
-            rows, payloads = [], []
-            for index, captured in enumerate(outgoing.captured):
-                payload = self._portable(captured).encode()
-                payloads.append(payload)
-                rows.append(
-                    ManifestRow(
-                        index=index, actor_id=str(captured.actor_id), version=captured.version,
-                        digest=captured.digest, state_bytes=len(captured.state), transfer_bytes=len(payload),
-                    )
-                )  # fmt: skip
-                if index % 64 == 63:
-                    await asyncio.sleep(0)  # let commands of other shards run
-            outgoing.rows, outgoing.payloads = rows, payloads
+        async with outgoing.preparing:
+            if outgoing.leaving is None:
+                raise NotApplicable(f"move {request.move} is not captured yet")
+            if outgoing.rows is None:
+                rows = []
+                for index, one in enumerate(outgoing.leaving):
+                    outgoing.held_bytes += await one.encode(self._settings.max_state_bytes)
+                    rows.append(one.row(index))
+                    if index % 64 == 63:
+                        await asyncio.sleep(0)  # let commands of other shards run
+                outgoing.rows = rows
         answered = [
             {
                 "index": row.index, "actor_id": row.actor_id, "version": row.version, "digest": row.digest,
@@ -173,83 +178,96 @@ class Handover:
         ]  # fmt: skip
         return _page(answered, request.offset)
 
-    def _portable(self, captured: _Captured) -> Portable:
-        frame = pack(
-            captured.state, schema=captured.schema, digest=captured.digest,
-            max_bytes=self._settings.max_state_bytes, actor=captured.actor_id,
-        )  # fmt: skip
-        return Portable(
-            actor_id=captured.actor_id, version=captured.version, epoch=captured.epoch, trail=captured.trail,
-            memory=captured.memory, frame=frame,
-        )  # fmt: skip
-
     async def send(self, request: StepRequest) -> dict[str, Any]:
         """Announce the actors to the destination, then send what it lacks. Answers `{"sent_bytes"}`.
 
-        Raises what the destination raised: UnknownActorType, PayloadTooLarge; Unavailable, Timeout when it is away.
+        A long transfer goes on after the answer, which then has `"pending": true`: ask again. Raises what the
+        destination raised: UnknownActorType, PayloadTooLarge; Unavailable, Timeout when it is away.
         """
         unit, outgoing = self._paused(request)
         if outgoing.rows is None:
             raise NotApplicable(f"move {request.move} is not serialized yet")
+        if outgoing.sending is None or outgoing.sending.told:
+            outgoing.sending = Errand(self._spawn, self._send_all(unit, request, outgoing))
+        if not await outgoing.sending.ends_within(self._patience_s):
+            return {"sent_bytes": outgoing.sent_bytes, "pending": True}
+        return {"sent_bytes": outgoing.sent_bytes}
+
+    async def _send_all(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> None:
+        """What the destination does not hold yet. The pause lease runs anew with every acknowledged chunk."""
+
+        def acknowledged() -> None:
+            self._extend_pause(unit, request)
+
+        rows = outgoing.rows or []
         lacking: list[int] = []
-        for start in range(0, max(len(outgoing.rows), 1), ROWS_PER_PAGE):
-            page = MigrationRequest(
-                move=request.move, unit=request.unit, epoch=request.epoch, source=request.source,
-                destination=request.destination, rows=tuple(outgoing.rows[start : start + ROWS_PER_PAGE]),
-            )  # fmt: skip
-            answer = await self._ask_destination(request, "stage", page)
-            lacking.extend(numbers(answer, "lacking"))
-        if any(index >= len(outgoing.rows) for index in lacking):
+        for page in manifest_pages(request, rows):
+            lacking += await self._announce(page)
+        if any(index >= len(rows) for index in lacking):
             raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
-        sent_bytes = await self._send_chunks(unit, request, outgoing, lacking)
-        outgoing.sent = True
-        return {"sent_bytes": sent_bytes}
-
-    async def _send_chunks(self, unit: Unit, request: StepRequest, outgoing: _Outgoing, lacking: list[int]) -> int:
-        chunks = chunks_of(request.move, [(i, outgoing.payloads[i]) for i in lacking], self._settings.chunk_bytes)
-        subject = self._subjects.transfer(request.destination, request.move)
-        in_flight = max(1, self._settings.transfer_window_bytes // self._settings.chunk_bytes)
-
-        async def sender() -> None:
-            for chunk in chunks:  # the senders share one iterator: each takes the next chunk when its last is acked
-                answer = await self._transfer_link.request(subject, chunk, timeout_s=self._settings.step_timeout_s)
-                control.result_of(answer)
-                self._still_paused(unit, request)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(in_flight):
-                    group.create_task(sender())
-        except* FerryError as several:
-            raise _first(several) from several
-        return sum(len(outgoing.payloads[i]) for i in lacking)
+        payloads = [(index, outgoing.payload(index)) for index in lacking]
+        await self._sender.send(request.destination, request.move, payloads, on_ack=acknowledged)
+        outgoing.sent_bytes, outgoing.sent = sum(len(payload) for _, payload in payloads), True
 
     async def await_ack(self, request: StepRequest) -> dict[str, Any]:
         """Have the destination verify and decode everything, and keep its word. Answers `{"actors"}`.
 
-        An acknowledgement means staged, verified and decodable by the destination's code, not merely received.
+        An acknowledgement means staged, verified and decodable by the destination's code, not merely received. The
+        answer has `"pending": true` while that goes on: ask again.
         """
-        _, outgoing = self._paused(request)
+        unit, outgoing = self._paused(request)
         if not outgoing.sent:
             raise NotApplicable(f"move {request.move} is not sent yet")
+        if outgoing.acknowledging is None or outgoing.acknowledging.told:
+            outgoing.acknowledging = Errand(self._spawn, self._acknowledge(unit, request, outgoing))
+        if not await outgoing.acknowledging.ends_within(self._patience_s):
+            return {"actors": 0, "pending": True}
+        return {"actors": len(outgoing.rows or ())}
+
+    async def _acknowledge(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> None:
         expected = len(outgoing.rows or ())
-        held, heir = await self._verified(request)
+        held, heir = await self._verified(unit, request)
         if held != expected:
-            await self.send(request)  # the destination was restarted, say: it gets what it lacks now
-            held, heir = await self._verified(request)
+            await self._send_all(unit, request, outgoing)  # the destination was restarted, say: it gets what it lacks
+            held, heir = await self._verified(unit, request)
             if held != expected:
                 raise Unavailable(f"{request.destination} holds {held} of {expected} actors after sending twice")
         outgoing.heir = heir
-        return {"actors": expected}
 
-    async def _verified(self, request: StepRequest) -> tuple[int, str]:
+    async def _verified(self, unit: Unit, request: StepRequest) -> tuple[int, str]:
         """How many actors the destination holds ready, and its incarnation; -1 when it lacks some, or all."""
         try:
             answer = await self._ask_destination(request, "verify", request)
+            while answer.get("pending"):
+                self._extend_pause(unit, request)
+                answer = await self._ask_destination(request, "verify", request)
         except Unavailable as error:
             log.info("destination lacks something", move=request.move, error=str(error))
             return -1, ""
         return number(answer, "actors"), text(answer, "incarnation")
+
+    async def _verify_precopied(self, request: StepRequest) -> None:
+        """Have the destination decode ahead what was copied ahead: that takes no less time than sending it."""
+        while (await self._ask_destination(request, "verify", request)).get("pending"):
+            pass
+
+    async def _announce(self, page: MigrationRequest) -> list[int]:
+        """Tell the destination what is coming; returns the indexes of what it lacks."""
+        answer = await control.ask(
+            self._link, self._subjects, page.destination, "stage", page, timeout_s=self._settings.append_timeout_s
+        )
+        return list(numbers(answer, "lacking"))
+
+    def _check_room(self, outgoing: Outgoing, more_bytes: int = 0) -> None:
+        """Raises PayloadTooLarge when a move alone exceeds what may be held on its way, Busy when all together do."""
+        limit = self._settings.transfer_held_bytes
+        if outgoing.held_bytes + more_bytes > limit:
+            raise PayloadTooLarge(
+                f"states of move {outgoing.move} exceed the {limit} bytes that a node holds of states on their way"
+                " (FERRY_TRANSFER_HELD_BYTES)"
+            )
+        if sum(one.held_bytes for one in self._outgoing.values()) + more_bytes > limit:
+            raise Busy("too many bytes are on their way from this node: try again", retry_after_s=0.5)
 
     async def commit(self, request: StepRequest) -> dict[str, Any]:
         """COMMIT: the point of no return. Then the destination serves, and gets what waited here, in order.
@@ -264,6 +282,7 @@ class Handover:
             raise NotApplicable(f"move {request.move} is not acknowledged by {request.destination}")
         assert unit.pause is not None
         began_s, waiting = unit.pause.began_s, len(unit.buffer)
+        dropped = list(unit.actors.values())  # giving their memory back takes a while: not while everybody waits
         await self._write_commit(request, outgoing.heir)
         self._failpoints.hit("committed")
         answer: dict[str, Any] = {"blackout_ms": None, "waiting": waiting}
@@ -272,6 +291,7 @@ class Handover:
             answer["blackout_ms"] = round((self._clock() - began_s) * 1000, 3)
         except FerryError as error:
             log.warning("destination has not answered; it activates from the map", move=request.move, error=str(error))
+        dropped.clear()
         if self._outgoing.get(request.unit) is outgoing:  # else the unit has come back, and is leaving once more
             del self._outgoing[request.unit]
         self._committed[request.move] = answer
@@ -314,8 +334,16 @@ class Handover:
         return {"lacking": self._arrivals.announce(request)}
 
     async def verify(self, request: StepRequest) -> dict[str, Any]:
-        """Check and decode what arrived. Raises Unavailable when something is missing, StateNotPortable."""
-        return {"actors": await self._arrivals.verify(request.move), "incarnation": self._host.incarnation}
+        """Check and decode what arrived, and bring it to the version it was announced at.
+
+        Answers `{"actors", "incarnation"}`, with `"pending": true` while there is more to do: ask again. Raises
+        Unavailable when something is missing, StateNotPortable.
+        """
+        until_s = self._clock() + self._settings.append_timeout_s * PATIENCE
+        ready = await self._arrivals.verify(request.move, until_s=until_s)
+        await self._arrivals.catch_up(request.move, self._mailboxes.replay_on)
+        answer: dict[str, Any] = {"actors": ready, "incarnation": self._host.incarnation}
+        return answer if ready == self._arrivals.announced(request.move) else answer | {"pending": True}
 
     async def activate(self, request: StepRequest) -> dict[str, Any]:
         """The source has committed: take the unit over now instead of when the map's news arrives."""
@@ -327,18 +355,23 @@ class Handover:
         """Free what was prepared for moves that the map has ended meanwhile."""
         for name, outgoing in list(self._outgoing.items()):
             unit = self._host.units.get(name)
-            if unit is None or unit.pause is None or unit.pause.move != outgoing.move:
+            if unit is None or outgoing.move != _move_of(unit):
+                outgoing.cancel()
                 del self._outgoing[name]
 
     # -- shared ------------------------------------------------------------------------------------------------------
-    def _paused(self, request: StepRequest) -> tuple[Unit, _Outgoing]:
+    def _paused(self, request: StepRequest) -> tuple[Unit, Outgoing]:
         unit, outgoing = self._host.units.get(request.unit), self._outgoing.get(request.unit)
         if unit is None or outgoing is None or outgoing.move != request.move:
             raise NotApplicable(f"{request.unit} is not paused for {request.move} here")
+        self._extend_pause(unit, request)
+        return unit, outgoing
+
+    def _extend_pause(self, unit: Unit, request: StepRequest) -> None:
+        """The move is driven on: its pause lease runs anew. Raises NotApplicable when the pause is over."""
         self._still_paused(unit, request)
         assert unit.pause is not None
         unit.pause.lease_until_s = self._clock() + self._settings.pause_lease_s
-        return unit, outgoing
 
     def _still_paused(self, unit: Unit, request: StepRequest) -> None:
         if unit.pause is None or unit.pause.move != request.move or unit.pause.epoch != request.epoch:
@@ -354,30 +387,11 @@ class _Done(Exception):
     """The map says it has happened already."""
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One error out of a group: the senders share a fate, so any of them says what went wrong."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def chunks_of(move: str, payloads: list[tuple[int, bytes]], chunk_bytes: int) -> Iterator[bytes]:
-    """Cut payloads into messages of about `chunk_bytes`: small ones share a message, large ones take several."""
-    pieces: list[tuple[int, int, int]] = []
-    parts: list[bytes] = []
-    filled = 0
-    for index, payload in payloads:
-        for offset in range(0, len(payload), chunk_bytes):
-            part = payload[offset : offset + chunk_bytes]
-            if filled + len(part) > chunk_bytes and pieces:
-                yield join({"move": move, "pieces": pieces}, b"".join(parts))
-                pieces, parts, filled = [], [], 0
-            pieces.append((index, offset, len(part)))
-            parts.append(part)
-            filled += len(part)
-    if pieces:
-        yield join({"move": move, "pieces": pieces}, b"".join(parts))
+def _move_of(unit: Unit) -> str | None:
+    """The move that a unit is paused for, or locked for."""
+    if unit.pause is not None:
+        return unit.pause.move
+    return unit.ownership.move if unit.ownership is not None else None
 
 
 def _page(rows: list[dict[str, Any]], offset: int) -> dict[str, Any]:

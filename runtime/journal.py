@@ -109,6 +109,24 @@ class Journal:
                 return History(version=last.sequence, epoch=record.epoch, records=tuple(records))
         raise Unavailable(f"log of {actor} changed {LOAD_ATTEMPTS} times while being read: try again")
 
+    async def after(self, actor: ActorId, version: int, tail: tuple[int, Record]) -> History | None:
+        """What the log has after `version`, up to its last message `tail`. Raises as `load`.
+
+        None when a snapshot has replaced messages after `version`: then only the whole log will do.
+        """
+        last_sequence, last = tail
+        if version not in last.trail:
+            return None
+        stream = self._subjects.log_of(shard_of(actor, self._shards_total))
+        between = [sequence for sequence in last.trail if sequence > version]
+        entries = await asyncio.gather(
+            *(self._link.read(stream, sequence, timeout_s=self._timeout_s) for sequence in between)
+        )
+        records = [(entry.sequence, decode_record(entry.payload)) for entry in entries if entry is not None]
+        if len(records) < len(between):
+            return None
+        return History(version=last_sequence, epoch=last.epoch, records=(*records, (last_sequence, last)))
+
     async def _last(self, actor: ActorId) -> Entry | None:
         shard = shard_of(actor, self._shards_total)
         subject = self._subjects.events(shard, actor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any
 
 import structlog
@@ -13,7 +14,7 @@ from routing.envelope import Answer, Command
 from routing.errors import FerryError, HandlerFailed, InvalidInput, PermanentError, Rejected
 from runtime import actor as actors
 from runtime.actor import Actor, Handler
-from runtime.codec import Frame, capture_state, digest_of, pack, restore_state, unpack
+from runtime.codec import aside, capture_state, pack, restore_state, unpack
 from runtime.delivery import Delivery
 from runtime.journal import History, Kind, Record
 from runtime.memory import Limits, Memory
@@ -31,8 +32,8 @@ class LiveActor:
     """
 
     __slots__ = (
-        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "state_bytes", "trail",
-        "unverified", "used_at_s", "version",
+        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "snapshot_from",
+        "state_bytes", "trail", "unverified", "used_at_s", "version",
     )  # fmt: skip
 
     def __init__(self, actor_id: ActorId, *, used_at_s: float) -> None:
@@ -48,6 +49,7 @@ class LiveActor:
         self.unverified = False  # taken over from a move: compare with the log's tail before the first use
         self.used_at_s = used_at_s
         self.state_bytes = 0  # when last encoded; an estimate for plans
+        self.snapshot_from = 0  # how long the log has to be before a snapshot that failed is tried again
 
     # -- standing at a version ---------------------------------------------------------------------------------------
     def restore(self, actor_class: type[Actor], history: History, *, limits: Limits, max_state_bytes: int) -> None:
@@ -120,24 +122,18 @@ class LiveActor:
             self.dirty = not isinstance(error, Rejected)
             return Answer(error=as_refusal(error, self.actor_id, command.name))
 
-    def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
-        """Raises StateNotPortable, PayloadTooLarge."""
+    async def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
+        """Only who has the actor to itself may ask. Raises StateNotPortable, PayloadTooLarge."""
         assert self.instance is not None
         assert self.memory is not None
-        return Record(
-            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, memory=self.memory.to_document(),
-            frame=self.frame(max_state_bytes),
-        )  # fmt: skip
-
-    def frame(self, max_state_bytes: int) -> Frame:
-        """The state as it travels. Raises StateNotPortable, PayloadTooLarge."""
-        assert self.instance is not None
-        state = capture_state(self.instance)
+        state, schema = capture_state(self.instance), self.instance.schema_version
         self.state_bytes = len(state)
-        return pack(
-            state, schema=self.instance.schema_version, digest=digest_of(state), max_bytes=max_state_bytes,
-            actor=self.actor_id,
-        )  # fmt: skip
+        frame = await aside(
+            len(state), partial(pack, state, schema=schema, max_bytes=max_state_bytes, actor=self.actor_id)
+        )
+        return Record(
+            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, memory=self.memory.to_document(), frame=frame
+        )
 
 
 def new_instance(actor_class: type[Actor]) -> Actor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 import structlog
 
 from routing.envelope import Answer, Command
 from routing.errors import (
     Busy,
+    FerryError,
     InDoubt,
     InvalidInput,
     NotApplicable,
@@ -33,7 +34,7 @@ from runtime import rules
 from runtime.actor import ActorClasses, Handler
 from runtime.delivery import Delivery
 from runtime.journal import Journal, Kind, Record
-from runtime.live_actor import LiveActor
+from runtime.live_actor import LiveActor, replay
 from runtime.memory import Limits
 from runtime.rules import Admission, Standing
 from runtime.unit import Unit, UnitState
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from runtime.host import Host
 
 log = structlog.get_logger("ferry.mailbox")
+
+T = TypeVar("T")
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.01, 0.5
 
@@ -59,6 +62,7 @@ class Mailboxes:
     ) -> None:  # fmt: skip
         self._journal, self._classes, self._settings = journal, classes, settings
         self._incarnation, self._may_serve, self._spawn, self._clock = incarnation, may_serve, spawn, clock
+        self._looks: dict[LiveActor, list[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
         self._host: Host
 
     def attach(self, host: Host) -> None:
@@ -85,14 +89,33 @@ class Mailboxes:
             while live.inbox and unit.state is UnitState.OPEN:
                 delivery = live.inbox.popleft()
                 await self._serve(unit, live, delivery)
+                self._let_look(live)
         finally:
             live.running = False
+            self._let_look(live)
             live.used_at_s = self._clock()
             unit.mailbox_stopped()
             if not live.inbox:
                 live.inbox = None
                 if live.instance is None and unit.actors.get(live.actor_id) is live:
                     del unit.actors[live.actor_id]  # it never came to life: do not count it as one
+
+    async def between_commands(self, live: LiveActor, look: Callable[[], T]) -> T:
+        """Call `look` when no command of this actor is being decided: at once, or as soon as the current one is."""
+        if not live.running:
+            return look()
+        looked: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._looks.setdefault(live, []).append((looked, look))
+        return await looked
+
+    def _let_look(self, live: LiveActor) -> None:
+        for looked, look in self._looks.pop(live, ()):
+            if looked.done():
+                continue  # whoever asked has given up
+            try:
+                looked.set_result(look())
+            except FerryError as error:
+                looked.set_exception(error)
 
     async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery) -> None:
         """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known."""
@@ -283,8 +306,36 @@ class Mailboxes:
         still_alone()
         version, record = tail if tail is not None else (0, None)
         standing = self._check(unit, live, version, record.epoch if record is not None else 0)
-        live.dirty = standing is Standing.BEHIND
-        live.unverified = False
+        live.dirty = live.unverified = False
+        if standing is Standing.BEHIND and tail is not None:
+            await self._replay_to(live, tail, still_alone)
+
+    async def replay_on(self, live: LiveActor) -> None:
+        """Bring an actor that only the caller knows to the end of its log. It is of no use when this raises."""
+        tail = await self._journal.tail(live.actor_id)
+        if tail is not None and tail[0] > live.version:
+            await self._replay_to(live, tail, lambda: None)
+            if live.dirty:
+                live.restore(
+                    self._classes.get(live.actor_id.actor_type), await self._journal.load(live.actor_id),
+                    limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
+                )  # fmt: skip
+
+    async def _replay_to(self, live: LiveActor, tail: tuple[int, Record], still_alone: Callable[[], None]) -> None:
+        """Replay what the log has after the held version, if it still has it; else leave the actor dirty."""
+        assert live.memory is not None
+        live.dirty = True
+        history = await self._journal.after(live.actor_id, live.version, tail)
+        still_alone()
+        if history is None or live.instance is None:
+            return
+        for _, record in history.records:
+            replay(live.instance, live.memory, record)
+        live.stand_at(
+            live.instance, live.memory, version=history.version, epoch=history.epoch,
+            trail=(*tail[1].trail, history.version),
+        )  # fmt: skip
+        self._host.counters["replayed"] += len(history.records)
 
     def _check(self, unit: Unit, live: LiveActor, version: int, epoch: int) -> Standing:
         standing = rules.compare(
@@ -313,10 +364,14 @@ class Mailboxes:
 
     async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
         """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
-        if len(live.trail) < self._settings.snapshot_every or live.dirty or unit.state is not UnitState.OPEN:
+        every = self._settings.snapshot_every
+        if not live.snapshot_from:
+            times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
+            live.snapshot_from = every if times < 2 else every << times.bit_length()
+        if len(live.trail) < live.snapshot_from or live.dirty or unit.state is not UnitState.OPEN:
             return
         try:
-            record = live.snapshot(
+            record = await live.snapshot(
                 epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
             )
             version = await self._journal.append(live.actor_id, record, after=live.version)
@@ -325,10 +380,12 @@ class Mailboxes:
         except Unavailable:
             pass  # nothing was stored: the next command tries again
         except (StateNotPortable, PayloadTooLarge) as error:
+            live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
             self._host.counters["snapshots_failed"] += 1
             log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
         else:
             live.stored(record, version)
+            live.snapshot_from = 0
             self._host.counters["snapshots"] += 1
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:

@@ -105,7 +105,7 @@ class Node:
         self._handover = Handover(
             host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, link=self._link,
             transfer_link=self._transfer_link, directory=self._directory, subjects=subjects, settings=settings,
-            clock=self._clock, failpoints=self._failpoints,
+            clock=self._clock, failpoints=self._failpoints, spawn=self.spawn,
         )  # fmt: skip
         self.router = Router(
             self._link, self._directory, subjects, sender=self.id, local=self.host, wall_clock=self._wall_clock,

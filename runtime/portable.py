@@ -42,7 +42,7 @@ class Portable:
         return join(header, self.frame.body)
 
     @classmethod
-    def decode(cls, payload: bytes) -> Portable:
+    def decode(cls, payload: bytes | bytearray) -> Portable:
         """Raises InvalidInput for anything that `encode` did not write."""
         header, body = split(payload)
         return cls(
@@ -51,13 +51,21 @@ class Portable:
             memory=check_memory(header.get("memory")), frame=frame_of(header, body),
         )  # fmt: skip
 
-    def activate(self, classes: ActorClasses, *, limits: Limits, max_state_bytes: int, used_at_s: float) -> LiveActor:
-        """An inactive actor to be verified against the log before its first use.
+    def state(self, max_state_bytes: int) -> bytes:
+        """What `capture` gave, checked against its digest. Raises StateNotPortable, PayloadTooLarge."""
+        return unpack(self.frame, max_bytes=max_state_bytes)
+
+    def activate(
+        self, classes: ActorClasses, *, limits: Limits, max_state_bytes: int, used_at_s: float,
+        state: bytes | None = None,
+    ) -> LiveActor:  # fmt: skip
+        """An inactive actor to be verified against the log before its first use. `state` saves unpacking it again.
 
         Raises StateNotPortable, UnknownActorType, PayloadTooLarge: the destination's code cannot take it over.
         """
         actor_class = classes.get(self.actor_id.actor_type)
-        instance = restore_state(actor_class, unpack(self.frame, max_bytes=max_state_bytes), self.frame.schema)
+        unpacked = self.state(max_state_bytes) if state is None else state
+        instance = restore_state(actor_class, unpacked, self.frame.schema)
         live = LiveActor(self.actor_id, used_at_s=used_at_s)
         memory = Memory.from_document(self.memory, limits)
         live.stand_at(instance, memory, version=self.version, epoch=self.epoch, trail=self.trail)

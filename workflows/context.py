@@ -75,6 +75,17 @@ class StepContext:
         )  # fmt: skip
         return await control.ask(self.link, self.subjects, node, verb, request, timeout_s=self.settings.step_timeout_s)
 
+    async def ask_through(self, node: str, verb: str, move: Move) -> tuple[Move, dict[str, Any]]:
+        """Ask again while the node answers that it is still at it; the record then says so, or a reconciler steps in.
+
+        Returns the move as recorded last, and the last answer.
+        """
+        answer = await self.ask(node, verb, move)
+        while answer.get("pending"):
+            move = await self.store.save(replace(move, step_at=self.now()))
+            answer = await self.ask(node, verb, move)
+        return move, answer
+
     async def ask_rows(self, node: str, verb: str, move: Move) -> list[dict[str, Any]]:
         """Ask for a verb that answers with a row per actor, page by page."""
         rows: list[dict[str, Any]] = []

@@ -10,7 +10,8 @@ compare-and-set; tasks carry the move's id and nothing else, and state never pas
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
-                  pause -----------> closes the gate, handlers finish
+                  pause -----------> copies large states ahead ----------> stages, inactive
+                                     closes the gate, handlers finish
     2 capture     capture ---------> state at the log's last sequence
     3 serialize   serialize -------> bytes, digests, limits
     4 send        send ------------> announces, sends what lacks ------> stages, inactive
@@ -62,14 +63,15 @@ async def pause(context: StepContext, move: Move) -> Move:
     """Lock the shard in the map and close its gate at the source.
 
     Before: planned; the record names the revision of the map that LOCK must replace.
-    Does: LOCK, then the source stops the whole shard between two commands and keeps what arrives.
+    Does: LOCK; the source copies large states ahead while their actors go on; then it stops the whole shard between
+        two commands and keeps what arrives.
     Safe to repeat because: a lock for this move is found, not taken twice; closing a closed gate does nothing.
     Raises: NotApplicable when the shard changed hands since; Busy while handlers still run; Unavailable, Timeout.
     Undo: ABORT opens the gate, what waited goes first.
     """
     entry = await context.lock(move)
     locked = replace(move, epoch=entry.ownership.epoch)
-    answer = await context.ask(move.source, "pause", locked)
+    locked, answer = await context.ask_through(move.source, "pause", locked)
     return context.passed(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
 
 
@@ -115,12 +117,12 @@ async def send(context: StepContext, move: Move) -> Move:
     """Have the source send to the destination what that lacks.
 
     Before: serialized.
-    Does: source -> destination over NATS: a manifest, then chunks, each acknowledged.
+    Does: source -> destination over NATS: a manifest, then chunks of what is not there yet, each acknowledged.
     Safe to repeat because: chunks are idempotent under (move, actor, offset); what is there is not sent again.
     Raises: UnknownActorType or PayloadTooLarge as the destination says; Unavailable when it is away.
     Undo: the destination forgets when the map no longer names the move.
     """
-    await context.ask(move.source, "send", move)
+    move, _ = await context.ask_through(move.source, "send", move)
     return context.passed(move, MigrationStatus.SENT)
 
 
@@ -133,7 +135,7 @@ async def await_ack(context: StepContext, move: Move) -> Move:
     Raises: StateNotPortable when the destination's code cannot take it; Unavailable when something is missing.
     Undo: as for send.
     """
-    await context.ask(move.source, "await_ack", move)
+    move, _ = await context.ask_through(move.source, "await_ack", move)
     return context.passed(move, MigrationStatus.ACKED)
 
 

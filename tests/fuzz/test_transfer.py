@@ -15,8 +15,8 @@ from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.settings import Settings
 from runtime.actor import ActorClasses
 from runtime.arrivals import StagedActors
+from runtime.chunks import chunks_of
 from runtime.codec import digest_of, join, pack
-from runtime.handover import chunks_of
 from runtime.memory import Limits, Memory
 from runtime.portable import Portable
 from tests.fuzz.effort import fuzz

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing import control
-from routing.address import ActorId
+from routing.address import ActorId, shard_of
 from routing.birth import found_or_join
 from routing.control import StepRequest
 from routing.directory import Directory, MapEntry
@@ -134,6 +134,18 @@ class SmallCluster:
                 return fault
         return "deliver"
 
+    def messages_to(self, part: str) -> list[str]:
+        """Subjects of the requests so far that have `part` among their tokens."""
+        return [subject for kind, subject in self.messages if kind == "request" and part in subject.split(".")]
+
+    def keys_of_shards(self) -> list[str]:
+        """A key in each shard, in the order of their numbers."""
+        shards = self.settings.shards
+        return [
+            next(key for key in map(str, range(10_000)) if shard_of(ActorId("ledger", key), shards) == number)
+            for number in range(shards)
+        ]
+
     def disturb(self, fault: Fault, kind: Kind, part: str, times: int = 1) -> None:
         """Let `fault` befall the next `times` messages of `kind` with `part` in their subject."""
         self.faults.append((lambda k, s: k == kind and part in s, fault, [times]))
@@ -213,6 +225,13 @@ class SmallCluster:
     # ----------------------------------------------------------------------------------------------- moving
 
     async def step(self, verb: str, request: StepRequest, node: str | None = None) -> dict[str, Any]:
+        """One verb, asked for as a worker does: again while the answer is that it goes on."""
+        answer: dict[str, Any] = {"pending": True}
+        while answer.get("pending"):
+            answer = await self.ask(verb, request, node)
+        return answer
+
+    async def ask(self, verb: str, request: StepRequest, node: str | None = None) -> dict[str, Any]:
         return await control.ask(self.link, self.subjects, node or request.source, verb, request, timeout_s=VERB_S)
 
     async def steps(self, request: StepRequest, *, until_verb: str = "commit") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from routing.errors import FerryError, InvalidInput, PayloadTooLarge, StateNotPo
 from routing.settings import Settings
 from runtime.actor import ActorClasses
 from runtime.arrivals import StagedActors
-from runtime.handover import chunks_of
+from runtime.chunks import chunks_of
 from runtime.memory import Limits
 from runtime.portable import Portable
 from tests.unit.test_portable import Jar, portable

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import enum
 import os
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -483,3 +484,15 @@ def test_a_header_with_one_damaged_field_is_an_error_of_the_tree(field: str, val
 
     with contextlib.suppress(FerryError):
         assert unpack(frame_of(header, state), max_bytes=MAX_BYTES) == state
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 17])
+def test_a_large_body_survives_join_and_split(size_bytes: int) -> None:
+    """It is copied in pieces; none is lost or doubled at their seams, from bytes or from a bytearray."""
+    body = random.Random(size_bytes).randbytes(size_bytes)
+
+    joined = join({"a": 1}, body)
+
+    assert joined == b'{"a":1}\n' + body
+    assert split(joined) == split(bytearray(joined)) == ({"a": 1}, body)
+    assert type(split(bytearray(joined))[1]) is bytes

@@ -815,7 +815,7 @@ def test_a_state_that_does_not_travel_is_a_clear_error_and_harms_nobody(how: str
 
 @virtually
 async def test_a_state_that_cannot_be_snapshotted_does_not_stop_its_actor() -> None:
-    """The roll-up fails; commands go on, unrolled."""
+    """The roll-up fails; commands go on, unrolled, and it is tried again more and more rarely: it is no small work."""
     async with cluster(snapshot_every=3) as small:
         await small.add("a", classes=[Awkward])
         await small.assign("a")
@@ -825,7 +825,27 @@ async def test_a_state_that_cannot_be_snapshotted_does_not_stop_its_actor() -> N
         for number in range(8):
             assert await small.router.send_message(awkward, "become", {"how": "raises"}) == number + 1
 
+        assert small.nodes["a"].node.host.counters["snapshots_failed"] == 2  # after 3 commands, and after 6
         assert not small.nodes["a"].task.done()
+
+
+@virtually
+async def test_the_next_owner_does_not_try_at_once_what_the_one_before_could_not() -> None:
+    """A log that is overlong already could not be rolled up: a large state is not encoded in vain after every move."""
+    async with cluster(snapshot_every=3) as small:
+        for name in ("a", "b"):
+            await small.add(name, classes=[Awkward])
+        await small.assign("a")
+        await small.served_by("a")
+        awkward = ActorId("awkward", "k")
+        for _ in range(6):
+            await small.router.send_message(awkward, "become", {"how": "raises"})
+
+        await small.fail_over("b")
+        for _ in range(8):
+            await small.router.send_message(awkward, "become", {"how": "raises"})
+
+        assert small.nodes["b"].node.host.counters["snapshots_failed"] == 1  # the claim makes it 7: tried from 12 on
 
 
 # ----------------------------------------------------------------------------------------------- bounds, slowness
