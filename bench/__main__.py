@@ -13,7 +13,9 @@ import click
 
 from bench.results import document, table
 
-NAMES = ("chain", "blackout")
+NAMES = (
+    "chain", "blackout", "rebalance", "large", "ask", "append", "activate", "failover", "placement", "memory",
+)  # fmt: skip
 
 
 @click.command()
