@@ -74,7 +74,7 @@ async def main(actors: int, rate: float, path: Path) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     sent = await run(actors, rate, stopping)
-    path.write_text(json.dumps(asdict(sent)))
+    await asyncio.to_thread(path.write_text, json.dumps(asdict(sent)))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Coordinator:
 
     def __init__(
         self, settings: Settings, *, name: str, link: Link, store: RecordStore,
-        launch: Callable[[Move], Awaitable[None]], clock: Callable[[], float] = boottime_s,
+        launch: Callable[..., Awaitable[None]], clock: Callable[[], float] = boottime_s,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.name, self.incarnation = name, uuid.uuid4().hex
@@ -99,7 +99,7 @@ class Coordinator:
         self._assignment = Assignment(self.directory, self._placement)
         self.admission = Admission(
             store=self._store, directory=self.directory, context=context, launch=self._launch,
-            moves_at_once=settings.moves_at_once, wall_clock=self._wall_clock,
+            moves_at_once=settings.moves_at_once, moves_per_chain=settings.moves_per_chain, wall_clock=self._wall_clock,
         )  # fmt: skip
         self._reconciler = Reconciler(
             store=self._store, directory=self.directory, context=context, admission=self.admission,
