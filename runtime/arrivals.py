@@ -22,6 +22,7 @@ from runtime.codec import sequence, split, text
 from runtime.live_actor import LiveActor
 from runtime.memory import Limits
 from runtime.portable import Portable
+from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.arrivals")
 
@@ -110,11 +111,12 @@ class StagedActors:
         if staging is None:
             raise Unavailable(f"move {move} is not staged here: send it again")
         staging.heard_at_s = self._clock()
+        turn = Turn()
         for arriving in list(staging.actors.values()):
             if arriving.live is None:
                 arriving.live = self._decode(move, arriving)
                 arriving.data = None
-                await asyncio.sleep(0)  # decoding a large shard must not hold up the commands of others
+                await turn.over()  # decoding a large shard must not hold up the commands of others
         return len(staging.actors)
 
     def _decode(self, move: str, arriving: _Arriving) -> LiveActor:

@@ -34,6 +34,7 @@ from runtime.host import Host
 from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.portable import Portable
+from runtime.turn import Turn
 from runtime.unit import Unit, UnitState
 
 log = structlog.get_logger("ferry.handover")
@@ -137,12 +138,14 @@ class Handover:
 
         await unit.quiet(self._settings.drain_handlers_s)
         still_alone()
-        captured = []
+        captured, turn = [], Turn()
         for live in list(unit.actors.values()):
             if live.instance is None:
                 continue  # its first message came with the gate: the log has all there is of it
             await self._mailboxes.make_current(unit, live, still_alone)
             captured.append(_Captured.of(live))
+            if await turn.over():
+                still_alone()
         return captured
 
     async def serialize(self, request: StepRequest) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class Handover:
         if outgoing.captured is None:
             raise NotApplicable(f"move {request.move} is not captured yet")
         if outgoing.rows is None:
-            rows, payloads = [], []
+            rows, payloads, turn = [], [], Turn()
             for index, captured in enumerate(outgoing.captured):
                 payload = self._portable(captured).encode()
                 payloads.append(payload)
@@ -161,8 +164,7 @@ class Handover:
                         digest=captured.digest, state_bytes=len(captured.state), transfer_bytes=len(payload),
                     )
                 )  # fmt: skip
-                if index % 64 == 63:
-                    await asyncio.sleep(0)  # let commands of other shards run
+                await turn.over()  # let commands of other shards run
             outgoing.rows, outgoing.payloads = rows, payloads
         answered = [
             {
