@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -56,7 +57,7 @@ async def measure(actors: int = ACTORS, *, rate: float = RATE, idle_moves: int =
     async with bench_cluster("ab") as bench:
         floor_per_s = await chain_rate(bench)
         idle_ms = percentile(await idle_blackouts(bench, idle_moves), 0.5)
-        await fill(bench, actors)
+        await fill(bench, [actor_name(number) for number in range(actors)])
         found = await join(bench, actors, rate=rate)
     if found.failed:
         raise RuntimeError(f"{len(found.failed)} commands failed during the moves, the first: {found.failed[0]}")
@@ -117,14 +118,14 @@ async def idle_blackouts(bench: BenchCluster, moves: int) -> list[float]:
     return blackouts
 
 
-async def fill(bench: BenchCluster, actors: int) -> None:
+async def fill(bench: BenchCluster, actors: Sequence[str]) -> None:
     """Bring every actor to life with its state."""
-    numbers = iter(range(actors))
+    names = iter(actors)
 
     async def one_after_the_other() -> None:
-        for number in numbers:
+        for name in names:
             text = secrets.token_hex(STATE_BYTES // 2)
-            await bench.client.send_message(actor_name(number), "fill", {"text": text}, timeout=TIMEOUT_S)
+            await bench.client.send_message(name, "fill", {"text": text}, timeout=TIMEOUT_S)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(FILLING):
