@@ -1,5 +1,7 @@
-"""`python -m bench NAME [--json]` measures one thing; `all` measures everything and writes bench/results.json and plots;
-`report` writes the tables of README.md and docs/performance.md from that file."""
+"""`python -m bench NAME [--json]` measures one thing; `all` measures everything, writes bench/results.json and draws.
+
+`report` writes the tables of README.md and docs/performance.md from that file.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ ACTORS, IDS, STATE_BYTES, SETTLE_S, ASKED = 20_000, 1_000_000, 1024, 1.0, 2_000
 
 async def measure(actors: int = ACTORS, ids: int = IDS) -> list[Result]:
     async with bench_cluster("a") as bench:
-        await fill(bench, [f"blob/warm-{number}" for number in range(max(actors // 10, 1))])  # buffers and code, not actors
+        await fill(
+            bench, [f"blob/warm-{number}" for number in range(max(actors // 10, 1))]
+        )  # buffers and code, not actors
         before = await _resident(bench)
         await fill(bench, [f"blob/{number}" for number in range(actors)])
         per_actor = (await _resident(bench) - before) / actors

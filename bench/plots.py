@@ -54,10 +54,14 @@ def svg(title: str, unit: str, points: Sequence[Point]) -> str:
     for tick in range(TICKS + 1):
         value = top * tick / TICKS
         y = place(points[0][0], value)[1]
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}" opacity="0.3"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}" opacity="0.3"/>'
+        )
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{GREY}">{value:,.4g}</text>')
     for (x, y), (at_x, at_y) in zip(points, placed, strict=True):
-        parts.append(f'<text x="{at_x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" fill="{GREY}">{x:,.0f}</text>')
+        parts.append(
+            f'<text x="{at_x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" fill="{GREY}">{x:,.0f}</text>'
+        )
         parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.5" fill="{LINE}"/>')
         parts.append(f'<text x="{at_x:.1f}" y="{at_y - 9:.1f}" text-anchor="middle">{y:,.4g}</text>')
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)

@@ -5,6 +5,7 @@ Every request is one JSON object to `ctl.<node>.<verb>`; every answer is `{"ok":
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class _StepRequestSchema(_Strict):
 
 
 class _ManifestRows(fields.Field[tuple[ManifestRow, ...]]):
-    """A page of rows, checked by hand: a schema for each row costs ten times as much, while their actors stand still."""
+    """A page of rows, checked by hand: a schema for each row costs ten times as much, and their actors stand still."""
 
     def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[ManifestRow, ...]:
         if not isinstance(value, list) or len(value) > ROWS_PER_PAGE:
@@ -88,20 +89,20 @@ class _ManifestRows(fields.Field[tuple[ManifestRow, ...]]):
         return tuple(_manifest_row(place, row) for place, row in enumerate(value))
 
 
-_ROW_COUNTS = ("index", "version", "state_bytes", "transfer_bytes")
-_ROW_FIELDS = {*_ROW_COUNTS, "actor_id", "digest"}
+_ROW_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(ManifestRow)}
+_LONGEST = {"actor_id": 400, "digest": 200}
 
 
 def _manifest_row(place: int, row: Any) -> ManifestRow:
     """Raises ValidationError naming the row's place and what is wrong with it."""
-    if not isinstance(row, dict) or row.keys() != _ROW_FIELDS:
-        raise ValidationError(f"row {place}: must have exactly {', '.join(sorted(_ROW_FIELDS))}")
-    for name in _ROW_COUNTS:
-        if type(row[name]) is not int or row[name] < 0:  # a bool is an int as well
-            raise ValidationError(f"row {place}: {name} must be a whole number, 0 or more")
-    for name, longest in (("actor_id", 400), ("digest", 200)):
-        if type(row[name]) is not str or not 1 <= len(row[name]) <= longest:
-            raise ValidationError(f"row {place}: {name} must be text of 1 to {longest} characters")
+    if not isinstance(row, dict) or row.keys() != _ROW_FIELDS.keys():
+        raise ValidationError(f"row {place}: must have exactly {', '.join(_ROW_FIELDS)}")
+    for name, kind in _ROW_FIELDS.items():
+        if kind == "int":
+            if type(row[name]) is not int or row[name] < 0:  # a bool is an int as well
+                raise ValidationError(f"row {place}: {name} must be a whole number, 0 or more")
+        elif type(row[name]) is not str or not 1 <= len(row[name]) <= _LONGEST[name]:
+            raise ValidationError(f"row {place}: {name} must be text of 1 to {_LONGEST[name]} characters")
     return ManifestRow(**row)
 
 

@@ -6,7 +6,6 @@ it. It is kept until the map says how the move ended, or until nothing was heard
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -48,7 +48,8 @@ log = structlog.get_logger("ferry.coordinator")
 
 TICK_S = 0.1
 REPLAN_FIRST_S, REPLAN_MOST_S = 2.0, 60.0  # after a plan with failures: a deterministic failure must not become a storm
-INVENTORY_S = 2.0
+INVENTORY_S = 2.0  # for one page of a node's inventory
+INVENTORY_PAGES = 5_000  # of two thousand actors each: more than one node can hold
 
 
 class Coordinator:
@@ -282,14 +283,29 @@ class Coordinator:
 
         async def of(node: str) -> tuple[str, planner.Inventory]:
             try:
-                answer = await control.ask(self._link, self._subjects, node, "inventory", timeout_s=INVENTORY_S)
-                return node, _inventory(answer)
+                return node, await self._inventory_of(node)
             except (TransientError, InvalidInput) as error:
                 self.counters["malformed"] += isinstance(error, InvalidInput)
                 log.warning("no inventory: its actors are found at capture", node=node, error=str(error))
                 return node, {}
 
         return dict(await asyncio.gather(*(of(node) for node in nodes)))
+
+    async def _inventory_of(self, node: str) -> planner.Inventory:
+        """All pages of a node's inventory. Raises InvalidInput for what a node would not answer, Unavailable, Timeout."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        asked: dict[str, Any] = {}
+        for _ in range(INVENTORY_PAGES):
+            answer = await control.ask(self._link, self._subjects, node, "inventory", asked, timeout_s=INVENTORY_S)
+            for shard, actors in _inventory(answer).items():
+                found.setdefault(shard, []).extend(actors)
+            following = answer.get("next")
+            if following is None:
+                return found
+            if not isinstance(following, dict):
+                raise InvalidInput(f"inventory goes on at {shown(following)}: expected what to ask next")
+            asked = following
+        raise InvalidInput(f"inventory of {node} does not end after {INVENTORY_PAGES} pages")
 
     async def handle_rebalance_request(self, request: RebalanceRequest) -> MigrationPlan:
         """Write down a plan, its moves and one record per actor, and queue the moves for admission.
@@ -361,7 +377,7 @@ class Coordinator:
             log.warning("answer not sent", verb=verb, error=str(error))
 
 
-def _inventory(answer: Mapping[str, Any]) -> planner.Inventory:
+def _inventory(answer: Mapping[str, Any]) -> dict[int, list[tuple[str, int]]]:
     """shard -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
     found: dict[int, list[tuple[str, int]]] = {}
     units = answer.get("units")
