@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bench import rebalance
 from bench.cluster import BenchCluster, bench_cluster
@@ -19,8 +19,8 @@ RATE_BY_ACTORS = "actors/s over actors in the cluster"
 
 
 async def measure(
-    per_shard: tuple[int, ...] = ACTORS_PER_SHARD, state_bytes: tuple[int, ...] = STATE_BYTES,
-    actors: tuple[int, ...] = ACTORS, moves: int = MOVES,
+    per_shard: Sequence[int] = ACTORS_PER_SHARD, state_bytes: Sequence[int] = STATE_BYTES,
+    actors: Sequence[int] = ACTORS, moves: int = MOVES,
 ) -> list[Result]:  # fmt: skip
     results = []
     async with bench_cluster("ab") as bench:

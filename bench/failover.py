@@ -22,8 +22,8 @@ NODES, ACTORS, TIMEOUT_S = "abcdefg", 10_000, 60.0
 ALLOWANCE_S = 1.5  # the bar: lease plus this
 
 
-async def measure(nodes: str = NODES, actors: int = ACTORS) -> list[Result]:
-    async with bench_cluster(nodes) as bench:
+async def measure(nodes: str = NODES, actors: int = ACTORS, env: dict[str, str] | None = None) -> list[Result]:
+    async with bench_cluster(nodes, env=env) as bench:
         first, *others = nodes[:-1]  # the last one is left to take everything
         owned = await _fill_one_node(bench, first, actors)
         map_writes, appends = await _kill_and_count(bench, first)

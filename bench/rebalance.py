@@ -24,7 +24,7 @@ from workflows.local import LocalProcess
 from workflows.records import MigrationPlan, MigrationStatus, Move
 
 ACTORS, STATE_BYTES = 10_000, 1024
-RATE = 300.0  # commands a second: a fifth of what sender, server and nodes can do together on two cores
+RATE = 200.0  # commands a second: a tenth of what sender, server and nodes can do together on two cores
 IDLE_MOVES, CHAINS, WINDOWS = 20, 150, (4, 8)
 FILLING, TIMEOUT_S, SETTLE_S = 256, 60.0, 3.0
 
@@ -53,9 +53,13 @@ class Rebalanced:
         return [move.blackout_ms for move in self.moves if move.blackout_ms is not None]
 
 
-async def measure(actors: int = ACTORS, *, rate: float = RATE, idle_moves: int = IDLE_MOVES) -> list[Result]:
-    async with bench_cluster("ab") as bench:
-        floor_per_s = await chain_rate(bench)
+async def measure(
+    actors: int = ACTORS, *, rate: float = RATE, idle_moves: int = IDLE_MOVES, chains: int = CHAINS,
+    env: dict[str, str] | None = None,
+) -> list[Result]:  # fmt: skip
+    """`env` are further settings of the cluster, FERRY_SHARDS for instance."""
+    async with bench_cluster("ab", env=env) as bench:
+        floor_per_s = await chain_rate(bench, chains)
         idle_ms = percentile(await idle_blackouts(bench, idle_moves), 0.5)
         await fill(bench, [actor_name(number) for number in range(actors)])
         found = await join(bench, actors, rate=rate)
@@ -85,7 +89,7 @@ async def measure(actors: int = ACTORS, *, rate: float = RATE, idle_moves: int =
     ]  # fmt: skip
 
 
-async def chain_rate(bench: BenchCluster, chains: int = CHAINS) -> float:
+async def chain_rate(bench: BenchCluster, chains: int) -> float:
     """Bare chains a second at the best of a few windows: what one chain for each actor would allow."""
     from bench import noop  # reads the cluster's settings when imported
 

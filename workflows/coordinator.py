@@ -292,7 +292,7 @@ class Coordinator:
         return dict(await asyncio.gather(*(of(node) for node in nodes)))
 
     async def _inventory_of(self, node: str) -> planner.Inventory:
-        """All pages of a node's inventory. Raises InvalidInput for what a node would not answer, Unavailable, Timeout."""
+        """All pages of a node's inventory. Raises InvalidInput when it is none, Unavailable, Timeout."""
         found: dict[int, list[tuple[str, int]]] = {}
         asked: dict[str, Any] = {}
         for _ in range(INVENTORY_PAGES):
