@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from bench import rebalance
 from bench.cluster import BenchCluster, bench_cluster
@@ -25,9 +26,7 @@ async def measure(
     results = []
     async with bench_cluster("ab") as bench:
         for shard, count in enumerate(per_shard):
-            await rebalance.fill(
-                bench, [str(actor) for actor, _ in zip(_actors_of(bench, "blob", shard), range(count))]
-            )
+            await rebalance.fill(bench, [str(actor) for actor in islice(_actors_of(bench, "blob", shard), count)])
             results.append(_point(BLACKOUT_BY_ACTORS, count, await _blackouts(bench, shard, moves)))
         for shard, size in enumerate(state_bytes, start=len(per_shard)):
             actor = next(_actors_of(bench, "large", shard))
