@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from routing.directory import MapEntry
 from routing.errors import NotApplicable, StateNotPortable, Unavailable
+from routing.shard_map import LastMove, Outcome, Ownership
 from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.test_races import Shelf, planned
 from tests.unit.virtual_time import virtually, wall_clock
@@ -24,7 +26,7 @@ class Desk:
     """Admission over a shelf; `chains` are the moves that were launched together."""
 
     def __init__(self, small: SmallCluster, *, moves_per_chain: int, moves_at_once: int = 1) -> None:
-        self.shelf, self.chains = Shelf(), list[list[str]]()
+        self.shelf, self.chains, self.now_s = Shelf(), list[list[str]](), wall_clock()
         store: Any = self.shelf
         context = StepContext(
             link=small.link, subjects=small.subjects, directory=small.directory, store=store, settings=small.settings,
@@ -32,8 +34,17 @@ class Desk:
         )  # fmt: skip
         self.admission = Admission(
             store=store, directory=small.directory, context=context, launch=self._launch, moves_at_once=moves_at_once,
-            moves_per_chain=moves_per_chain, wall_clock=wall_clock,
+            moves_per_chain=moves_per_chain, blackout_budget_s=0.1, wall_clock=lambda: self.now_s,
         )  # fmt: skip
+
+    def ended(self, name: str, after_s: float) -> None:
+        """The map tells of a move's lock, and after so long of its end."""
+        move = self.shelf.stored[name]
+        view = Ownership(owner="a", incarnation="i", epoch=1, move=name, destination="b")
+        self.admission.on_map(move.unit, MapEntry(view, 2))
+        self.now_s += after_s
+        ended = replace(view, move=None, destination=None, last=LastMove(move=name, outcome=Outcome.ABORTED, epoch=1))
+        self.admission.on_map(move.unit, MapEntry(ended, 3))
 
     async def _launch(self, *moves: Move) -> None:
         self.chains.append([move.id for move in moves])
@@ -116,6 +127,27 @@ async def test_a_move_whose_record_cannot_be_saved_does_not_hold_up_the_others()
 
         assert desk.chains == [["m0", "m2"]]
         assert set(desk.admission.waiting) == {"m1"}
+
+
+@virtually
+async def test_after_slow_moves_fewer_actors_stand_still_and_after_quick_ones_more() -> None:
+    """The budget is about how long a shard stops: what the machine can bear shows only in what it has taken."""
+    async with cluster("a", "b", shards=64) as small:
+        desk = Desk(small, moves_per_chain=4)
+        await desk.add(moves(64, actors_total=60))
+
+        async def next_chain(after_s: float) -> int:
+            await desk.admission.admit(("a", "b"))
+            for name in desk.chains[-1]:
+                desk.ended(name, after_s)
+            return len(desk.chains[-1])
+
+        slow = [await next_chain(0.2) for _ in range(6)]
+        quick = [await next_chain(0.01) for _ in range(12)]
+
+        assert slow[0] == 4
+        assert slow[-1] == 1
+        assert quick[-1] == 4
 
 
 # -- taking a step together --------------------------------------------------------------------------------------------
