@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -25,7 +26,7 @@ from workflows.records import MigrationPlan, MigrationStatus, Move
 
 ACTORS, STATE_BYTES = 10_000, 1024
 RATE = 200.0  # commands a second: a tenth of what sender, server and nodes can do together on two cores
-IDLE_MOVES, CHAINS, WINDOWS = 20, 150, (4, 8)
+RUNS, IDLE_MOVES, CHAINS, WINDOWS = 5, 20, 100, (4, 8)
 FILLING, TIMEOUT_S, SETTLE_S = 256, 60.0, 3.0
 
 
@@ -54,37 +55,53 @@ class Rebalanced:
 
 
 async def measure(
-    actors: int = ACTORS, *, rate: float = RATE, idle_moves: int = IDLE_MOVES, chains: int = CHAINS,
+    actors: int = ACTORS, *, runs: int = RUNS, rate: float = RATE, idle_moves: int = IDLE_MOVES, chains: int = CHAINS,
     env: dict[str, str] | None = None,
 ) -> list[Result]:  # fmt: skip
-    """`env` are further settings of the cluster, FERRY_SHARDS for instance."""
+    """The node joins and leaves `runs` times. `env` are further settings of the cluster, FERRY_SHARDS for instance."""
+    joins, floors_per_s = [], []
     async with bench_cluster("ab", env=env) as bench:
-        floor_per_s = await chain_rate(bench, chains)
         idle_ms = percentile(await idle_blackouts(bench, idle_moves), 0.5)
         await fill(bench, [actor_name(number) for number in range(actors)])
-        found = await join(bench, actors, rate=rate)
-    if found.failed:
-        raise RuntimeError(f"{len(found.failed)} commands failed during the moves, the first: {found.failed[0]}")
-    case = f"{actors:,} actors"
+        for run in range(runs):
+            if run:
+                await asyncio.to_thread(bench.local.remove, "node-c", grace_s=TIMEOUT_S)  # it drains itself
+            floors_per_s.append(
+                await chain_rate(bench, chains)
+            )  # each beside its join: the machine is not always alike
+            joins.append(await join(bench, actors, rate=rate))
+    failed = [error for found in joins for error in found.failed]
+    if failed:
+        raise RuntimeError(f"{len(failed)} commands failed during the moves, the first: {failed[0]}")
+    return _results(f"{actors:,} actors", joins, floor_per_s=percentile(floors_per_s, 0.5), idle_ms=idle_ms)
+
+
+def _results(case: str, joins: Sequence[Rebalanced], *, floor_per_s: float, idle_ms: float) -> list[Result]:
+    blackouts = [blackout_ms for found in joins for blackout_ms in found.blackouts_ms]
+    sent, before = ([ms for found in joins for ms in getattr(found, name)] for name in ("sent", "before_ms"))
+    common: dict[str, Any] = {"p50": percentile(blackouts, 0.5), "p99": percentile(blackouts, 0.99)}
+    rates = [found.actors / found.took_s for found in joins]
     return [
         Result(
-            case=f"{case}, moved", value=found.actors / found.took_s, unit="actors/s", floor=floor_per_s,
-            runs=len(found.moves),
-        ),
-        Result(case=f"{case}, blackout p50", value=percentile(found.blackouts_ms, 0.5), unit="ms", floor=idle_ms,
-               runs=len(found.blackouts_ms)),
-        Result(
-            case=f"{case}, blackout p99", value=percentile(found.blackouts_ms, 0.99), unit="ms", floor=idle_ms,
-            runs=len(found.blackouts_ms), p50=percentile(found.blackouts_ms, 0.5),
-            p99=percentile(found.blackouts_ms, 0.99),
-        ),
-        Result(
-            case=f"{case}, slowest command", value=max(found.sent), unit="ms", floor=max(found.before_ms),
-            runs=len(found.sent), p50=percentile(found.sent, 0.5), p99=percentile(found.sent, 0.99),
+            case=f"{case}, moved", value=percentile(rates, 0.5), unit="actors/s", floor=floor_per_s, runs=len(joins)
         ),
         *(
-            Result(case=f"{case}, memory of {name}", value=grown / 2**20, unit="MiB more", runs=1)
-            for name, grown in found.grown_bytes.items()
+            Result(
+                case=f"{case}, blackout {name}", value=common[name], unit="ms", floor=idle_ms, runs=len(blackouts),
+                **common,
+            )
+            for name in ("p50", "p99")
+        ),
+        Result(
+            case=f"{case}, slowest command", value=max(sent), unit="ms", floor=max(before), runs=len(sent),
+            p50=percentile(sent, 0.5), p99=percentile(sent, 0.99),
+        ),
+        *(
+            Result(
+                case=f"{case}, memory of {name}, join {number}", value=found.grown_bytes[name] / 2**20, unit="MiB more"
+            )
+            for name in joins[0].grown_bytes
+            for number, found in enumerate(joins, start=1) if number in (1, len(joins))
         ),
     ]  # fmt: skip
 
