@@ -1,9 +1,9 @@
 """Moves on their way: planned ones wait, a few at a time are launched, until the map says how each ended.
 
 A chain of six tasks costs its worker about the same however much it carries, so shards of few actors that go the same
-way share one: a convoy. Its bounds are those of what stands still at once: chains per node, actors and bytes per chain, and
-actors per node, which follow how long moves take: fewer after one that took longer than the blackout budget, more again
-after those that did not. A shard of more than that goes alone.
+way share one: a convoy. Its bounds are those of what stands still at once: chains per node, actors and bytes per chain,
+and actors per node, which follow how long moves take: fewer after one that took longer than the blackout budget, more
+again after those that did not. A shard of more than that goes alone.
 """
 
 from __future__ import annotations

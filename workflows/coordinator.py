@@ -100,8 +100,8 @@ class Coordinator:
         self._assignment = Assignment(self.directory, self._placement)
         self.admission = Admission(
             store=self._store, directory=self.directory, context=context, launch=self._launch,
-            moves_at_once=settings.moves_at_once, moves_per_chain=settings.moves_per_chain, blackout_budget_s=settings.blackout_budget_s,
-             wall_clock=self._wall_clock,
+            moves_at_once=settings.moves_at_once, moves_per_chain=settings.moves_per_chain,
+            blackout_budget_s=settings.blackout_budget_s, wall_clock=self._wall_clock,
         )  # fmt: skip
         self._reconciler = Reconciler(
             store=self._store, directory=self.directory, context=context, admission=self.admission,
