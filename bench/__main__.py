@@ -1,4 +1,7 @@
-"""`python -m bench NAME [--json]`; `all` runs every benchmark and writes bench/results.json."""
+"""`python -m bench NAME [--json]` measures one thing; `all` measures everything, writes bench/results.json and draws.
+
+`report` writes the tables of README.md and docs/performance.md from that file.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,60 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
+from bench import plots, report
 from bench.results import document, table
 
-NAMES = ("chain", "blackout", "large")
+NAMES = (
+    "chain", "blackout", "rebalance", "large", "ask", "append", "activate", "failover", "placement", "memory",
+)  # fmt: skip
+RESULTS = Path("bench/results.json")
 
 
 @click.command()
-@click.argument("name", type=click.Choice([*NAMES, "all"]))
+@click.argument("name", type=click.Choice([*NAMES, "curves", "all", "report"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def main(name: str, as_json: bool) -> None:
+@click.option("--actors", type=click.IntRange(1), help="How many, where a benchmark lets you choose.")
+def main(name: str, as_json: bool, actors: int | None) -> None:
     """Measure NAME beside its floor, taken in the same run."""
-    documents = []
-    for each in NAMES if name == "all" else (name,):
-        if name == "all":  # a process each: Celery keeps connections to the servers of the one before
-            done = subprocess.run([sys.executable, "-m", "bench", each, "--json"], stdout=subprocess.PIPE, check=True)
-            documents.append(json.loads(done.stdout))
-        else:
-            documents.append(document(each, asyncio.run(import_module(f"bench.{each}").measure())))
+    if name == "report":
+        report.write(json.loads(RESULTS.read_text()))
+    elif name == "all":
+        _measure_all(as_json)
+    else:
+        found = document(name, asyncio.run(_measure(name, actors)))
+        click.echo(json.dumps(found) if as_json else table(found))
+
+
+async def _measure(name: str, actors: int | None) -> Any:
+    measure = import_module(f"bench.{name}").measure  # imported here: each needs what the others do not
+    if actors is None:
+        return await measure()
+    if name not in ("rebalance", "failover", "memory"):
+        raise click.UsageError(f"{name} has no number of actors to choose")
+    return await measure(actors=actors)
+
+
+def _measure_all(as_json: bool) -> None:
+    """A process each: Celery keeps connections to the servers of the one before. What fails is left out, loudly."""
+    documents, failed = [], []
+    for name in (*NAMES, "curves"):
+        done = subprocess.run([sys.executable, "-m", "bench", name, "--json"], stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            failed.append(name)
+            continue
+        documents.append(json.loads(done.stdout))
         if not as_json:
             click.echo(table(documents[-1]))
     if as_json:
-        click.echo(json.dumps(documents if name == "all" else documents[0]))
-    if name == "all":
-        Path("bench/results.json").write_text(json.dumps(documents, indent=1) + "\n")
+        click.echo(json.dumps(documents))
+    RESULTS.write_text(json.dumps(documents, indent=1) + "\n")
+    plots.draw(documents, RESULTS.parent)
+    if failed:
+        raise click.ClickException(f"these failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

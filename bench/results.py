@@ -35,16 +35,20 @@ def percentile(values: Sequence[float], share: float) -> float:
 def document(name: str, results: Sequence[Result]) -> dict[str, Any]:
     """The contract's JSON: `{name, machine, results: [{case, value, unit, floor, ratio, runs, p50, p99}]}`."""
     rows = [{**asdict(result), "ratio": result.ratio} for result in results]
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+    machine = {
+        "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(),
+        "load": round(os.getloadavg()[0], 2),  # of the last minute: of these benchmarks, and whatever else ran
+    }  # fmt: skip
     return {"name": name, "machine": machine, "results": rows}
 
 
 def table(found: dict[str, Any]) -> str:
     """A document for people."""
-    lines = [f"{found['name']:<34}{'value':>12}{'floor':>12}{'ratio':>8}{'p50':>10}{'p99':>10}  unit"]
+    width = max(len(row["case"]) for row in found["results"]) + 2
+    lines = [f"{found['name']:<{width}}{'value':>14}{'floor':>14}{'ratio':>8}{'p50':>10}{'p99':>10}  unit"]
     for row in found["results"]:
         value, floor, ratio, p50, p99 = (_cell(row[name]) for name in ("value", "floor", "ratio", "p50", "p99"))
-        lines.append(f"  {row['case']:<32}{value:>12}{floor:>12}{ratio:>8}{p50:>10}{p99:>10}  {row['unit']}")
+        lines.append(f"  {row['case']:<{width - 2}}{value:>14}{floor:>14}{ratio:>8}{p50:>10}{p99:>10}  {row['unit']}")
     return "\n".join(lines)
 
 

@@ -69,7 +69,9 @@ class Settings:
     dedup_window: int = 128  # latest command ids remembered per actor
     sessions_remembered: int = 64  # ordered sender sessions remembered per actor
     passivate_after_s: float = 600.0
-    moves_at_once: int = 2  # admission window per source and per destination: bounds what is paused at once
+    moves_at_once: int = 2  # chains per source and per destination: bounds what is paused at once
+    blackout_budget_s: float = 0.08  # a shard's stop: fewer stand still at once after one that took longer
+    moves_per_chain: int = 4  # small shards that go the same way share a chain
     records_kept: int = 100_000
 
     def __post_init__(self) -> None:

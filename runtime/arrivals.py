@@ -24,6 +24,7 @@ from runtime.codec import aside, sequence, split, text
 from runtime.live_actor import LiveActor
 from runtime.memory import Limits
 from runtime.portable import Portable
+from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.arrivals")
 
@@ -135,13 +136,14 @@ class StagedActors:
             raise Unavailable(f"move {move} is not staged here: send it again")
         staging.heard_at_s = self._clock()
         async with staging.verifying:
+            turn = Turn(self._clock)
             for arriving in list(staging.actors.values()):
                 if arriving.live is None:
                     arriving.live = await self._decode(move, arriving)
                     arriving.data = None
                     if self._clock() >= until_s:
                         break
-                    await asyncio.sleep(0)  # decoding a large shard must not hold up the commands of others
+                    await turn.over()  # decoding a large shard must not hold up the commands of others
         return sum(1 for arriving in staging.actors.values() if arriving.live is not None)
 
     async def _decode(self, move: str, arriving: _Arriving) -> LiveActor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -140,10 +141,21 @@ def pack(state: bytes, *, schema: int, digest: str | None = None, max_bytes: int
         )
     codec, body = "raw", state
     if len(state) >= COMPRESS_FROM_BYTES:
-        packed = zstandard.compress(state, level=1)
+        packed = _zstd.compress(state)
         if len(packed) < len(state):
             codec, body = "zstd", packed
     return Frame(schema=schema, codec=codec, state_bytes=len(state), digest=digest or digest_of(state), body=body)
+
+
+class _Zstd(threading.local):
+    """A compressor and a decompressor for each thread: to make one takes longer than to use it on a small state."""
+
+    def __init__(self) -> None:
+        self.compress = zstandard.ZstdCompressor(level=1).compress
+        self.decompress = zstandard.ZstdDecompressor().decompress
+
+
+_zstd = _Zstd()
 
 
 def unpack(frame: Frame, *, max_bytes: int) -> bytes:
@@ -155,7 +167,7 @@ def unpack(frame: Frame, *, max_bytes: int) -> bytes:
             claimed_bytes = zstandard.frame_content_size(frame.body)
             if claimed_bytes != frame.state_bytes:  # the decompressor would allocate whatever a flipped bit says
                 raise StateNotPortable(f"state of {frame.state_bytes} bytes is compressed as of {claimed_bytes}")
-            state = zstandard.ZstdDecompressor().decompress(frame.body, max_output_size=frame.state_bytes)
+            state = _zstd.decompress(frame.body, max_output_size=frame.state_bytes)
         except zstandard.ZstdError as error:
             raise StateNotPortable(f"state cannot be decompressed: {error}") from error
     elif frame.codec == "raw":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, assert_never
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, assert_never
 
 import structlog
 
@@ -39,6 +41,15 @@ from runtime.unit import Buffer, Pause, Unit, UnitState
 log = structlog.get_logger("ferry.host")
 
 OPEN_RETRY_S = 0.05
+INVENTORY_ROWS = 2_000  # of a page: with the longest actor ids 900 kB, below NATS' default payload limit
+REST_SHARE = 0.05  # of the passivation time lies between two looks for idle actors of a unit
+
+
+class Inventory(NamedTuple):
+    """A page of live actors, unit -> [[actor, bytes], ...], and where the next begins (None: this was the last)."""
+
+    units: dict[str, list[list[Any]]]
+    following: tuple[str, int] | None
 
 
 class Arrivals(Protocol):
@@ -337,7 +348,9 @@ class Host:
                     await self.abort(unit.name, left_alone)
             except (FerryError, WrongSequence) as error:
                 log.warning("abort not written yet", unit=unit.name, error=str(error))
-            if unit.state is UnitState.OPEN:
+            if unit.state is UnitState.OPEN and now_s >= unit.rest_at_s:
+                # Not all at one tick: to look at a hundred thousand actors takes tens of milliseconds.
+                unit.rest_at_s = now_s + REST_SHARE * self._settings.passivate_after_s * _spread(unit.name)
                 self._passivate(unit, now_s)
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
@@ -349,10 +362,29 @@ class Host:
             del unit.actors[actor_id]
         self.counters["passivated"] += len(rested)
 
-    def inventory(self) -> dict[str, list[list[Any]]]:
-        """unit -> [[actor, bytes of its state when last encoded], ...] of its live actors."""
-        return {
-            unit.name: [[str(live.actor_id), live.state_bytes] for live in unit.actors.values()]
-            for unit in self.units.values()
-            if unit.actors
-        }
+    def inventory(self, after: str = "", skip: int = 0, *, rows_most: int = INVENTORY_ROWS) -> Inventory:
+        """A page of live actors with the bytes of their state when last encoded, in the order of their units' names.
+
+        It begins behind unit `after`, without the first `skip` actors of the unit that follows: what the page before
+        ended with. Actors come and go between two pages, so all pages together are an estimate.
+        """
+        page: dict[str, list[list[Any]]] = {}
+        rows = 0
+        for unit in sorted((unit for unit in self.units.values() if unit.name > after), key=lambda unit: unit.name):
+            actors = list(islice(unit.actors.values(), skip, skip + rows_most - rows))
+            if actors:
+                page[unit.name] = [[str(live.actor_id), live.state_bytes] for live in actors]
+                rows += len(actors)
+            if rows >= rows_most:
+                return Inventory(page, (after, skip + len(actors)))
+            after, skip = unit.name, 0
+        return Inventory(page, None)
+
+    def actors_total(self) -> int:
+        """How many actors are live here."""
+        return sum(len(unit.actors) for unit in self.units.values())
+
+
+def _spread(name: str) -> float:
+    """A number from 0.5 to 1 that differs between units and not between runs."""
+    return 0.5 + zlib.crc32(name.encode()) % 64 / 128

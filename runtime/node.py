@@ -319,15 +319,22 @@ class Node:
             await self._become(NodeState.DRAINING)
         return {"state": self.state, "shards": self._owned()}
 
-    async def _inventory(self, _: Any) -> dict[str, Any]:
-        """`{"units": {unit: [[actor, bytes of its state], ...]}}` of the live actors."""
-        return {"units": self.host.inventory()}
+    async def _inventory(self, asked: Any) -> dict[str, Any]:
+        """`{"units": {unit: [[actor, bytes of its state], ...]}, "next": ...}`: a page of the live actors.
+
+        `next` is what to ask for the following page, null after the last.
+        """
+        after, skip = asked.get("after", ""), asked.get("skip", 0)
+        if not isinstance(after, str) or type(skip) is not int or skip < 0:
+            raise InvalidInput("an inventory is asked for from a unit's name, and how many of its actors to skip")
+        page = self.host.inventory(after, skip)
+        following = None if page.following is None else {"after": page.following[0], "skip": page.following[1]}
+        return {"units": page.units, "next": following}
 
     async def _status(self, _: Any) -> dict[str, Any]:
-        units = self.host.inventory()
         return {
             "id": self.id, "incarnation": self.incarnation, "state": self.state, "shards": self._owned(),
-            "actors": sum(len(actors) for actors in units.values()), "staged": len(self._arrivals),
+            "actors": self.host.actors_total(), "staged": len(self._arrivals),
             "paused": sorted(unit.name for unit in self.host.units.values() if unit.pause is not None),
             "counters": dict(self.host.counters), "serving": self._lease.trusted,
         }  # fmt: skip

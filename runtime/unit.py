@@ -99,6 +99,7 @@ class Unit:
         self.buffer = buffer
         self.pause: Pause | None = None
         self.locked_since_s: float | None = None  # a lock in the map that no pause has followed yet
+        self.rest_at_s = 0.0  # when to look for idle actors again, on the node's clock
         self.running = 0  # mailboxes at work
         self._quiet = asyncio.Event()
         self._quiet.set()

@@ -1,10 +1,18 @@
-"""Moves on their way: planned ones wait, a few at a time are launched, until the map says how each ended."""
+"""Moves on their way: planned ones wait, a few at a time are launched, until the map says how each ended.
+
+A chain of six tasks costs its worker about the same however much it carries, so shards of few actors that go the same
+way share one: a convoy. Its bounds are those of what stands still at once: chains per node, actors and bytes per chain,
+and actors per node, which follow how long moves take: fewer after one that took longer than the blackout budget, more
+again after those that did not. A shard of more than that goes alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -17,6 +25,11 @@ from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.admission")
 
+CHAIN_ACTORS = 256  # of a convoy: about 30 ms of work for each node, all of it while its actors stand still
+CHAIN_BYTES = 2**20  # of their state: 20 ms on the wire at 50 MB/s
+
+ROOM_MOST, ROOM_LEAST, ROOM_STEP = 2 * CHAIN_ACTORS, 32, 16  # one chain runs whatever its shard holds
+
 
 class Admission:
     """Launches chains while source and destination of the next move have room: that bounds what is ever paused.
@@ -26,12 +39,17 @@ class Admission:
 
     def __init__(
         self, *, store: RecordStore, directory: Directory, context: StepContext,
-        launch: Callable[[Move], Awaitable[None]], moves_at_once: int, wall_clock: Callable[[], float],
+        launch: Callable[..., Awaitable[None]], moves_at_once: int, wall_clock: Callable[[], float],
+        moves_per_chain: int = 1, blackout_budget_s: float = math.inf,
     ) -> None:  # fmt: skip
+        """`launch(*moves)` sends one chain for all of them."""
         self.waiting: dict[str, Move] = {}  # in the order of their plans
         self.running: dict[str, Move] = {}
         self._store, self._directory, self._context = store, directory, context
         self._launch, self._moves_at_once, self._wall_clock = launch, moves_at_once, wall_clock
+        self._moves_per_chain, self._budget_s = moves_per_chain, blackout_budget_s
+        self._room = ROOM_MOST  # actors of a node that may stand still at once, as the budget has allowed lately
+        self._locked_at: dict[str, float] = {}  # move -> when the map told of its lock
 
     def take_over(self, unfinished: Iterable[Move]) -> None:
         """Go on where an earlier leader stopped."""
@@ -40,18 +58,29 @@ class Admission:
         self.running = {move.id: move for move in moves if move.started_at is not None}
 
     def forget_all(self) -> None:
-        self.waiting, self.running = {}, {}
+        self.waiting, self.running, self._locked_at = {}, {}, {}
 
     def add(self, moves: Iterable[Move]) -> None:
         self.waiting.update({move.id: move for move in moves})
 
     def on_map(self, unit: str, entry: MapEntry) -> bool:
         """A move that the map has ended makes room before its record is written. True when there is room now."""
-        last = entry.ownership.last
+        locked, last = entry.ownership.move, entry.ownership.last
+        if locked in self.running:
+            self._locked_at.setdefault(locked, self._wall_clock())
+        if last is not None and last.move in self._locked_at:
+            self._adapt(self._wall_clock() - self._locked_at.pop(last.move))
         if last is None or self.running.pop(last.move, None) is None:
             return False
         log.info("move ended", move=last.move, unit=unit, outcome=last.outcome)
         return True
+
+    def _adapt(self, stood_s: float) -> None:
+        """Less may stand still at once after a move that took longer than the budget, a little more after another."""
+        if stood_s > self._budget_s:
+            self._room = max(self._room * 7 // 8, ROOM_LEAST)
+        else:
+            self._room = min(self._room + ROOM_STEP, ROOM_MOST)
 
     async def drop_waiting(self, why: str) -> None:
         """End what was planned and not launched: the next plan decides anew. Raises Unavailable, Timeout."""
@@ -61,34 +90,72 @@ class Admission:
 
     async def admit(self, alive: Collection[str]) -> None:
         """Launch what there is room for. Raises Unavailable when Redis cannot take it; it then still waits."""
-        busy = Counter(node for move in self.running.values() for node in (move.source, move.destination))
+        chains = {(move.source, move.destination, _chain_of(move)) for move in self.running.values()}
+        busy = Counter(node for source, destination, _ in chains for node in (source, destination))
+        self._locked_at = {move_id: at for move_id, at in self._locked_at.items() if move_id in self.running}
+        still = Counter[str]()  # actors of each node that stand still, or soon will
+        for move in self.running.values():
+            still.update({move.source: move.actors_total, move.destination: move.actors_total})
         for move in list(self.waiting.values()):
-            if max(busy[move.source], busy[move.destination]) >= self._moves_at_once:
+            if move.id not in self.waiting or max(busy[move.source], busy[move.destination]) >= self._moves_at_once:
                 continue
-            if await self._begin(move, alive):
+            if max(still[move.source], still[move.destination]) >= self._room:
+                continue
+            convoy = self._convoy(move)
+            if await self._begin(convoy, alive):
                 busy.update((move.source, move.destination))
+                for node in (move.source, move.destination):
+                    still[node] += sum(one.actors_total for one in convoy)
 
-    async def _begin(self, move: Move, alive: Collection[str]) -> bool:
+    def _convoy(self, first: Move) -> list[Move]:
+        """`first` and those behind it that go the same way, as many as may stand still together."""
+        convoy, actors, state_bytes = [first], first.actors_total, first.state_bytes
+        for move in self.waiting.values():
+            if len(convoy) >= self._moves_per_chain or actors >= CHAIN_ACTORS or state_bytes >= CHAIN_BYTES:
+                break
+            if move is first or (move.source, move.destination) != (first.source, first.destination):
+                continue
+            if (
+                actors + move.actors_total <= min(CHAIN_ACTORS, self._room)
+                and state_bytes + move.state_bytes <= CHAIN_BYTES
+            ):
+                convoy.append(move)
+                actors, state_bytes = actors + move.actors_total, state_bytes + move.state_bytes
+        return convoy
+
+    async def _begin(self, convoy: Sequence[Move], alive: Collection[str]) -> bool:
+        """Launch those of the moves that can begin now, with one chain. False when none can."""
+        task_ids, began = {step: str(uuid.uuid4()) for step in STEPS}, self._wall_clock()
+        outcomes = await asyncio.gather(
+            *(self._begin_one(move, alive, task_ids, began) for move in convoy), return_exceptions=True
+        )
+        begun = [outcome for outcome in outcomes if isinstance(outcome, Move)]
+        if begun:
+            await self._launch(*begun)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome  # after the launch of the others: nobody else would drive them on soon
+        return bool(begun)
+
+    async def _begin_one(self, move: Move, alive: Collection[str], task_ids: dict[str, str], now: float) -> Move | None:
+        """Write down that a move begins; returns it as stored, None when it does not (yet)."""
         entry = self._directory.get(move.unit)
         if entry is None or entry.ownership.owner != move.source or move.destination not in alive:
             await self._context.settle(move.id, error=f"{move.unit} or its destination changed before the launch")
             self.waiting.pop(move.id, None)
-            return False
+            return None
         if entry.ownership.incarnation is None or entry.ownership.move is not None:
-            return False  # just being taken over, or another move is about to end: in a moment
-        now = self._wall_clock()
-        task_ids = {step: str(uuid.uuid4()) for step in STEPS}
+            return None  # just being taken over, or another move is about to end: in a moment
         begun = replace(move, lock_revision=entry.revision, started_at=now, step_at=now, task_ids=task_ids)
         try:
             stored = await self._store.save(begun)
         except WrongSequence:
             await self._sort_anew(move)
-            return False
+            return None
         if self.waiting.pop(move.id, None) is None:
-            return False  # no longer leading: who leads now finds it begun, and drives it on
+            return None  # no longer leading: who leads now finds it begun, and drives it on
         self.running[move.id] = stored
-        await self._launch(stored)
-        return True
+        return stored
 
     async def _sort_anew(self, move: Move) -> None:
         """Its record is another than we thought: our own save had landed, or another leader was at it."""
@@ -104,3 +171,8 @@ class Admission:
         stored = await self._store.save(replace(move, step_at=self._wall_clock(), task_ids=task_ids))
         self.running[move.id] = stored
         await self._launch(stored)
+
+
+def _chain_of(move: Move) -> str:
+    """What tells the chains of two moves apart: the id of their last task, which a move sent again shares with none."""
+    return move.task_ids.get(STEPS[-1], move.id)

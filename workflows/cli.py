@@ -130,12 +130,13 @@ async def _run_coordinator(settings: Settings, name: str, stopping: asyncio.Even
     from workflows.foreground import connect_patiently
     from workflows.store import RecordStore
 
-    async def launch(move: Move) -> None:
+    async def launch(*moves: Move) -> None:
         try:
             async with asyncio.timeout(LAUNCH_S):
-                await asyncio.to_thread(migration.launch, move)
+                await asyncio.to_thread(migration.launch, *moves)
         except (OperationalError, TimeoutError) as error:
-            raise Unavailable(f"Redis does not take the tasks of move {move.id}: it is sent again later") from error
+            named = ", ".join(move.id for move in moves)
+            raise Unavailable(f"Redis does not take the tasks of move {named}: it is sent again later") from error
 
     link = await connect_patiently(settings.nats_url, name=f"ferry-coordinator-{name}", stopping=stopping)
     if link is None:

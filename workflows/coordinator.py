@@ -48,7 +48,8 @@ log = structlog.get_logger("ferry.coordinator")
 
 TICK_S = 0.1
 REPLAN_FIRST_S, REPLAN_MOST_S = 2.0, 60.0  # after a plan with failures: a deterministic failure must not become a storm
-INVENTORY_S = 2.0
+INVENTORY_S = 2.0  # for one page of a node's inventory
+INVENTORY_PAGES = 5_000  # of two thousand actors each: more than one node can hold
 
 
 class Coordinator:
@@ -56,7 +57,7 @@ class Coordinator:
 
     def __init__(
         self, settings: Settings, *, name: str, link: Link, store: RecordStore,
-        launch: Callable[[Move], Awaitable[None]], clock: Callable[[], float] = boottime_s,
+        launch: Callable[..., Awaitable[None]], clock: Callable[[], float] = boottime_s,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.name, self.incarnation = name, uuid.uuid4().hex
@@ -99,7 +100,8 @@ class Coordinator:
         self._assignment = Assignment(self.directory, self._placement)
         self.admission = Admission(
             store=self._store, directory=self.directory, context=context, launch=self._launch,
-            moves_at_once=settings.moves_at_once, wall_clock=self._wall_clock,
+            moves_at_once=settings.moves_at_once, moves_per_chain=settings.moves_per_chain,
+            blackout_budget_s=settings.blackout_budget_s, wall_clock=self._wall_clock,
         )  # fmt: skip
         self._reconciler = Reconciler(
             store=self._store, directory=self.directory, context=context, admission=self.admission,
@@ -282,14 +284,29 @@ class Coordinator:
 
         async def of(node: str) -> tuple[str, planner.Inventory]:
             try:
-                answer = await control.ask(self._link, self._subjects, node, "inventory", timeout_s=INVENTORY_S)
-                return node, _inventory(answer)
+                return node, await self._inventory_of(node)
             except (TransientError, InvalidInput) as error:
                 self.counters["malformed"] += isinstance(error, InvalidInput)
                 log.warning("no inventory: its actors are found at capture", node=node, error=str(error))
                 return node, {}
 
         return dict(await asyncio.gather(*(of(node) for node in nodes)))
+
+    async def _inventory_of(self, node: str) -> planner.Inventory:
+        """All pages of a node's inventory. Raises InvalidInput when it is none, Unavailable, Timeout."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        asked: dict[str, Any] = {}
+        for _ in range(INVENTORY_PAGES):
+            answer = await control.ask(self._link, self._subjects, node, "inventory", asked, timeout_s=INVENTORY_S)
+            for shard, actors in _inventory(answer).items():
+                found.setdefault(shard, []).extend(actors)
+            following = answer.get("next")
+            if following is None:
+                return found
+            if not isinstance(following, dict):
+                raise InvalidInput(f"inventory goes on at {shown(following)}: expected what to ask next")
+            asked = following
+        raise InvalidInput(f"inventory of {node} does not end after {INVENTORY_PAGES} pages")
 
     async def handle_rebalance_request(self, request: RebalanceRequest) -> MigrationPlan:
         """Write down a plan, its moves and one record per actor, and queue the moves for admission.
@@ -361,7 +378,7 @@ class Coordinator:
             log.warning("answer not sent", verb=verb, error=str(error))
 
 
-def _inventory(answer: Mapping[str, Any]) -> planner.Inventory:
+def _inventory(answer: Mapping[str, Any]) -> dict[int, list[tuple[str, int]]]:
     """shard -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
     found: dict[int, list[tuple[str, int]]] = {}
     units = answer.get("units")

@@ -6,7 +6,8 @@
                   source, in order
 
 A move is one Celery chain of six tasks. Each loads the move's record, asks a node over NATS, and saves the record by
-compare-and-set; tasks carry the move's id and nothing else, and state never passes through Celery or Redis.
+compare-and-set; tasks carry the move's id and nothing else, and state never passes through Celery or Redis. Small moves
+that go the same way share a chain, a convoy: each step is then taken by all of them at once, and each for itself.
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,6 +174,11 @@ async def roll_back(context: StepContext, move_id: str, error: str | None) -> No
             log.info("not told of the rollback, it will see the map", node=node, move=move_id, error=str(reason))
 
 
+async def roll_back_together(context: StepContext, move_ids: Sequence[str]) -> None:
+    for move_id in move_ids:
+        await roll_back(context, move_id, None)
+
+
 # -- as Celery tasks -------------------------------------------------------------------------------------------------
 Act = Callable[[StepContext, Move], Awaitable[Move]]
 
@@ -251,6 +257,27 @@ def _place(step: str | None) -> int:
     return STEPS.index(step or STEPS[0])
 
 
+async def take_together(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int) -> list[str]:
+    """Take one step of every move of a convoy; returns the moves to be rolled back, while the others go on.
+
+    Raises what may pass, and then all are tried again: those that have taken the step say so quietly.
+    """
+    outcomes = await asyncio.gather(
+        *(take(step, context, move_id, attempt) for move_id in move_ids), return_exceptions=True
+    )
+    errors = {
+        move_id: error for move_id, error in zip(move_ids, outcomes, strict=True) if isinstance(error, BaseException)
+    }
+    for error in errors.values():
+        if not isinstance(error, (PermanentError, TransientError, InDoubt)):
+            raise error
+    for_good = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
+    for move_id, error in errors.items():
+        if move_id not in for_good:
+            raise error
+    return for_good
+
+
 async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
     move = await context.store.move(move_id)
     if move is not None and move.status not in TERMINAL:
@@ -262,14 +289,19 @@ def _task_for(step: Step) -> Any:
     """The Celery task of a step. Transient errors are tried again, with back-off and jitter; then the errback runs."""
 
     @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)
-    def task(self: Task, move_id: str) -> None:
+    def task(self: Task, *move_ids: str) -> None:
         retries = self.request.retries
         try:
-            Worker.get(settings).run(lambda context: take(step, context, move_id, retries))
+            if len(move_ids) == 1:
+                Worker.get(settings).run(lambda context: take(step, context, move_ids[0], retries))
+                return
+            lost = Worker.get(settings).run(lambda context: take_together(step, context, move_ids, retries))
         except (TransientError, InDoubt) as error:
             countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
-            log.warning("step failed", step=step.name, move=move_id, retries=retries, error=str(error))
+            log.warning("step failed", step=step.name, moves=move_ids, retries=retries, error=str(error))
             raise self.retry(exc=error, countdown=countdown_s, priority=step.priority) from error
+        for move_id in lost:
+            rollback.si(move_id).apply_async(priority=PRIORITY_BEGUN)
 
     return task
 
@@ -278,19 +310,20 @@ TASKS: dict[str, Any] = {step.name: _task_for(step) for step in CHAIN}
 
 
 @app.task(bind=True, name="workflows.migration.rollback", max_retries=STEP_RETRIES)
-def rollback(self: Task, move_id: str) -> None:
+def rollback(self: Task, *move_ids: str) -> None:
     """The chain's errback, a task of its own with its own retries. The reconciler does the same if this one is lost."""
     try:
-        Worker.get(settings).run(lambda context: roll_back(context, move_id, None))
+        Worker.get(settings).run(lambda context: roll_back_together(context, move_ids))
     except (TransientError, InDoubt) as error:
         countdown_s = RETRY_FIRST_S * 2**self.request.retries * random.uniform(1, 2)
         raise self.retry(exc=error, countdown=countdown_s) from error
 
 
-def launch(move: Move) -> None:
-    """Send a move's chain to the workers, from the step it waits for. Its task ids are in its record already."""
-    steps = [step for step in CHAIN if STEPS.index(step.name) >= STEPS.index(move.step or STEPS[0])]
+def launch(*moves: Move) -> None:
+    """Send one chain for moves that wait for the same step, from that step. Its task ids are in their records."""
+    first, move_ids = moves[0], [move.id for move in moves]
+    steps = [step for step in CHAIN if STEPS.index(step.name) >= STEPS.index(first.step or STEPS[0])]
     signatures = [
-        TASKS[step.name].si(move.id).set(task_id=move.task_ids[step.name], priority=step.priority) for step in steps
+        TASKS[step.name].si(*move_ids).set(task_id=first.task_ids[step.name], priority=step.priority) for step in steps
     ]
-    chain(*signatures).on_error(rollback.si(move.id).set(priority=PRIORITY_BEGUN)).apply_async()
+    chain(*signatures).on_error(rollback.si(*move_ids).set(priority=PRIORITY_BEGUN)).apply_async()

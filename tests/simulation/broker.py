@@ -25,7 +25,9 @@ _STEP = {step.name: step for step in migration.CHAIN}
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    move_id: str
+    """One step of one move, or of a convoy."""
+
+    move_ids: tuple[str, ...]
     step: str
     attempt: int = 0
 
@@ -49,9 +51,9 @@ class Broker:
         return not (self.queue or self.unacknowledged or self.under_way)
 
     # -- sending -----------------------------------------------------------------------------------------------------
-    async def launch(self, move: Move) -> None:
-        """What `workflows.migration.launch` does: the chain from the step that the move waits for."""
-        self.send(Task(move.id, move.step or STEPS[0]))
+    async def launch(self, *moves: Move) -> None:
+        """What `workflows.migration.launch` does: one chain from the step that the moves wait for."""
+        self.send(Task(tuple(move.id for move in moves), moves[0].step or STEPS[0]))
 
     def send(self, task: Task, after_s: float = 0.0) -> None:
         self.sent += 1
@@ -118,9 +120,13 @@ class Broker:
             try:
                 async with asyncio.timeout(context.settings.task_time_limit_s):
                     if task.step == ROLLBACK:
-                        await migration.roll_back(context, task.move_id, None)
+                        await migration.roll_back_together(context, task.move_ids)
+                    elif len(task.move_ids) == 1:
+                        await migration.take(_STEP[task.step], context, task.move_ids[0], task.attempt)
                     else:
-                        await migration.take(_STEP[task.step], context, task.move_id, task.attempt)
+                        lost = await migration.take_together(_STEP[task.step], context, task.move_ids, task.attempt)
+                        for move_id in lost:
+                            self.send(Task((move_id,), ROLLBACK))
             except TimeoutError as error:
                 raise Timeout("step did not end in time") from error
         except (TransientError, InDoubt):
@@ -128,11 +134,11 @@ class Broker:
                 countdown_s = migration.RETRY_FIRST_S * 2**task.attempt * self._chance.uniform(1, 2)
                 self.send(replace(task, attempt=task.attempt + 1), countdown_s)
             elif task.step != ROLLBACK:
-                self.send(Task(task.move_id, ROLLBACK))
+                self.send(Task(task.move_ids, ROLLBACK))
         except PermanentError:
             if task.step != ROLLBACK:
-                self.send(Task(task.move_id, ROLLBACK))
+                self.send(Task(task.move_ids, ROLLBACK))
         else:
             following = STEPS.index(task.step) + 1 if task.step != ROLLBACK else len(STEPS)
             if following < len(STEPS):
-                self.send(Task(task.move_id, STEPS[following]))
+                self.send(Task(task.move_ids, STEPS[following]))

@@ -66,7 +66,7 @@ def test_a_message_id_sent_again_is_applied_once_and_answered_the_same(meanwhile
             if meanwhile in {"passivation", "all"}:
                 await asyncio.sleep(5)
                 owner = (await small.map()).owner
-                await until(lambda: not small.nodes[owner].node.host.inventory().get(UNIT))
+                await until(lambda: not small.nodes[owner].node.host.inventory().units.get(UNIT))
             if meanwhile in {"restart", "all"}:
                 owner = (await small.map()).owner
                 await small.restart(owner, snapshot_every=4)
@@ -955,7 +955,7 @@ async def test_idle_actors_are_put_to_rest_and_wake_from_the_log() -> None:
     """Memory is for those at work."""
     async with cluster("a", passivate_after_s=1.0) as small:
         await small.send("k", "write", "m-1", entry=1)
-        await until(lambda: not small.nodes["a"].node.host.inventory().get(UNIT), within_s=10)
+        await until(lambda: not small.nodes["a"].node.host.inventory().units.get(UNIT), within_s=10)
 
         assert await small.send("k", "read") == [1]
         assert await small.send("k", "write", "m-1", entry=1) == 1
