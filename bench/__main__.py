@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import uvloop
 
 from bench import plots, report
 from bench.results import document, table
+from routing.logs import configure_logging
 
 NAMES = (
     "chain", "blackout", "rebalance", "large", "ask", "append", "activate", "failover", "placement", "memory",
@@ -30,12 +31,13 @@ RESULTS = Path("bench/results.json")
 @click.option("--actors", type=click.IntRange(1), help="How many, where a benchmark lets you choose.")
 def main(name: str, as_json: bool, actors: int | None) -> None:
     """Measure NAME beside its floor, taken in the same run."""
+    configure_logging("warning")
     if name == "report":
         report.write(json.loads(RESULTS.read_text()))
     elif name == "all":
         _measure_all(as_json)
     else:
-        found = document(name, asyncio.run(_measure(name, actors)))
+        found = document(name, uvloop.run(_measure(name, actors)))
         click.echo(json.dumps(found) if as_json else table(found))
 
 

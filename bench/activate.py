@@ -1,0 +1,133 @@
+"""`activate`: cold actors brought back to life by one node, each from a snapshot and ten events.
+
+Their logs are written beforehand and a node process is started on them; each actor is then asked one query. Once with
+little else in the logs and once with many other messages: recovery must not cost more in a long log.
+FERRY_BENCH_MESSAGES sets that number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from statistics import median
+
+from bench.actors import Blob
+from bench.cluster import until
+from bench.results import Result
+from bench.solo import SHARDS, give_all_to, node_process, servers
+from routing.address import ActorId, shard_of
+from routing.birth import Birth, found_or_join
+from routing.client import Cluster
+from routing.nats_link import NatsLink
+from routing.settings import Settings
+from routing.subjects import Subjects
+from runtime.journal import Journal, Kind, Record
+from runtime.live_actor import LiveActor, new_instance
+from runtime.memory import Limits, Memory
+from workflows.local import EmbeddedServers
+
+RUNS, ACTORS, EVENTS, WINDOW = 5, 2_000, 10, 256
+SHORT, LONG = 10_000, 1_000_000
+BATCH = 20_000  # unacknowledged messages; each log counts what it has stored before the next go out
+
+
+async def measure(*, runs: int = RUNS, actors: int = ACTORS, messages: tuple[int, ...] | None = None) -> list[Result]:
+    lengths = (SHORT, int(os.environ.get("FERRY_BENCH_MESSAGES", LONG))) if messages is None else messages
+    results = []
+    floor = None
+    for length in lengths:
+        with servers(sync_always=False) as running:
+            rates = await _activations(running, runs=runs, actors=actors, messages=length)
+        rate = median(rates)
+        results.append(
+            Result(case=f"log of {length:,} messages", value=rate, unit="actors/s", floor=floor, runs=len(rates))
+        )
+        floor = floor or rate
+    return results
+
+
+async def _activations(running: EmbeddedServers, *, runs: int, actors: int, messages: int) -> list[float]:
+    """Actors a second of each run; every run has actors of its own, so that each is cold."""
+    settings = Settings(cluster="cold", shards=SHARDS, nats_url=running.nats_url)
+    link = await NatsLink.connect(running.nats_url, name="bench")
+    try:
+        birth = await found_or_join(link, settings)
+        subjects = Subjects("cold", birth.logs)
+        cold = [[ActorId("blob", f"cold-{run}-{number}") for number in range(actors)] for run in range(runs + 1)]
+        written = sum(len(each) for each in cold) * (EVENTS + 1)
+        await _fill(link, subjects, birth, (messages - written) // 2)
+        for each in cold:
+            await _write_logs(link, subjects, birth, each)
+        await _fill(link, subjects, birth, messages - written - (messages - written) // 2)
+        with node_process(running, "cold"):
+            await give_all_to(link, subjects, birth, "a")
+            async with Cluster.connect(running.nats_url, cluster="cold") as client:
+                rates = [await _ask_all(client, each) for each in cold]
+    finally:
+        await link.close()
+    return rates[1:]  # the first warms connections up
+
+
+async def _ask_all(client: Cluster, actors: list[ActorId]) -> float:
+    loop = asyncio.get_running_loop()
+    waiting = list(actors)
+    began_s = loop.time()
+
+    async def caller() -> None:
+        while waiting:
+            commands = await client.send_message(waiting.pop(), "count", timeout=30)
+            if commands != EVENTS:
+                raise RuntimeError(f"an actor came back with {commands} of its {EVENTS} events")
+
+    await asyncio.gather(*(caller() for _ in range(WINDOW)))
+    return len(actors) / (loop.time() - began_s)
+
+
+async def _write_logs(link: NatsLink, subjects: Subjects, birth: Birth, actors: list[ActorId]) -> None:
+    """A snapshot of a new actor and ten commands after it, for each of `actors`."""
+    journal = Journal(link, subjects, shards_total=birth.shards, append_timeout_s=30.0)
+    waiting = list(actors)
+
+    async def writer() -> None:
+        while waiting:
+            await _write_log(journal, waiting.pop())
+
+    await asyncio.gather(*(writer() for _ in range(WINDOW)))
+
+
+async def _write_log(journal: Journal, actor: ActorId) -> None:
+    live = LiveActor(actor, used_at_s=0.0)
+    instance = new_instance(Blob)
+    live.stand_at(instance, Memory(Limits(128, 64)), version=0, epoch=1, trail=())
+    snapshot = live.snapshot(epoch=1, incarnation="written", max_state_bytes=2**20)
+    live.stored(snapshot, await journal.append(actor, snapshot, after=0))
+    for number in range(EVENTS):
+        record = Record(
+            kind=Kind.COMMAND, epoch=1, incarnation="written", trail=live.trail, message_id=f"{actor.key}-{number}",
+            events=[["touched", {}]], reply=number + 1,
+        )  # fmt: skip
+        live.stored(record, await journal.append(actor, record, after=live.version))
+
+
+async def _fill(link: NatsLink, subjects: Subjects, birth: Birth, messages: int) -> None:
+    """Other actors' messages: published without waiting for each one, counted at the end of a batch."""
+    if messages <= 0:
+        return
+    streams = [name for name, _ in subjects.log_streams()]
+    before = await _stored(link, streams)
+    sent = 0
+    while sent < messages:
+        for number in range(sent, min(sent + BATCH, messages)):
+            actor = ActorId("blob", f"other-{number % 100_000}")
+            await link.publish(subjects.events(shard_of(actor, birth.shards), actor), b"x" * 100)
+        sent = min(sent + BATCH, messages)
+        await until(lambda target=before + sent: _reached(link, streams, target), "the log to be filled", pause_s=0.01)
+
+
+async def _reached(link: NatsLink, streams: list[str], target: int) -> bool | None:
+    return True if await _stored(link, streams) >= target else None
+
+
+async def _stored(link: NatsLink, streams: list[str]) -> int:
+    infos = [await link._ask(f"STREAM.INFO.{stream}", None, 5.0) for stream in streams]
+    return sum(int(info["state"]["messages"]) for info in infos)

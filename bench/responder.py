@@ -1,0 +1,28 @@
+"""The other side of bare request/reply: answers every request on `bench.floor` with ANSWER. `... responder URL ANSWER`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import nats
+import uvloop
+from nats.aio.msg import Msg
+
+SUBJECT = "bench.floor"
+
+
+async def respond(url: str, answer: bytes) -> None:
+    client = await nats.connect(url)
+
+    async def reply(message: Msg) -> None:
+        await client.publish(message.reply, answer)
+
+    await client.subscribe(SUBJECT, cb=reply)
+    await client.flush()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(respond(sys.argv[1], sys.argv[2].encode()))
