@@ -99,7 +99,7 @@ async def _write_log(journal: Journal, actor: ActorId) -> None:
     live = LiveActor(actor, used_at_s=0.0)
     instance = new_instance(Blob)
     live.stand_at(instance, Memory(Limits(128, 64)), version=0, epoch=1, trail=())
-    snapshot = live.snapshot(epoch=1, incarnation="written", max_state_bytes=2**20)
+    snapshot = await live.snapshot(epoch=1, incarnation="written", max_state_bytes=2**20)
     live.stored(snapshot, await journal.append(actor, snapshot, after=0))
     for number in range(EVENTS):
         record = Record(

@@ -34,12 +34,15 @@ Ask = Callable[[int], Awaitable[object]]
 async def measure(*, runs: int = RUNS, seconds: float = SECONDS, latencies: int = LATENCIES) -> list[Result]:
     actors = [ActorId("blob", f"asked-{number}") for number in range(WINDOW)]
     with servers(sync_always=False) as running:
-        async with solo(running, "remote") as remote, node_here(running, "local") as here:
-            async with bare_request(running.nats_url, _question(actors[0]), _answer()) as bare:
-                ask = lambda number: remote.client.send_message(actors[number], "count")  # noqa: E731
-                ask_here = lambda number: here.router.send_message(actors[number], "count")  # noqa: E731
-                results = await _rates(ask, bare, ask_here, runs=runs, seconds=seconds)
-                results += await _latencies(ask, bare, runs=runs, each=latencies // runs)
+        async with (
+            solo(running, "remote") as remote,
+            node_here(running, "local") as here,
+            bare_request(running.nats_url, _question(actors[0]), _answer()) as bare,
+        ):
+            ask = lambda number: remote.client.send_message(actors[number], "count")  # noqa: E731
+            ask_here = lambda number: here.router.send_message(actors[number], "count")  # noqa: E731
+            results = await _rates(ask, bare, ask_here, runs=runs, seconds=seconds)
+            results += await _latencies(ask, bare, runs=runs, each=latencies // runs)
     for peer in PEERS:
         try:
             import_module(peer)
@@ -90,7 +93,7 @@ async def _latencies(ask: Ask, bare: Ask, *, runs: int, each: int) -> list[Resul
 async def bare_request(url: str, question: bytes, answer: bytes) -> AsyncIterator[Ask]:
     """nats-py as it comes, at both ends."""
     argv = [sys.executable, "-m", "bench.responder", url, answer.decode()]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as responder:
+    with await asyncio.to_thread(subprocess.Popen, argv, stdout=subprocess.PIPE) as responder:
         try:
             assert responder.stdout is not None
             assert await asyncio.to_thread(responder.stdout.readline) == b"ready\n"

@@ -1,4 +1,7 @@
-"""Actor calls of peers between two processes: `python -m bench.peers xoscar|ray SECONDS WINDOW` prints rate and p50 us."""
+"""Actor calls of peers between two processes.
+
+`python -m bench.peers xoscar|ray SECONDS WINDOW` prints calls a second and the p50 in microseconds.
+"""
 
 from __future__ import annotations
 

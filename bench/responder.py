@@ -1,4 +1,7 @@
-"""The other side of bare request/reply: answers every request on `bench.floor` with ANSWER. `... responder URL ANSWER`."""
+"""The other side of bare request/reply: answers every request on `bench.floor` with ANSWER.
+
+`python -m bench.responder URL ANSWER`; says `ready` when it listens.
+"""
 
 from __future__ import annotations
 

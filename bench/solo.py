@@ -39,9 +39,11 @@ class Solo:
 
 @contextmanager
 def servers(*, sync_always: bool) -> Iterator[EmbeddedServers]:
-    with tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder:
-        with EmbeddedServers(Path(folder), sync_always=sync_always) as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder,
+        EmbeddedServers(Path(folder), sync_always=sync_always) as running,
+    ):
+        yield running
 
 
 @contextmanager
