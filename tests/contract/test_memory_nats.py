@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from routing.errors import InDoubt, Timeout, Unavailable
+from routing.errors import InDoubt, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Message, StreamSpec
 from runtime.testing import Fault, Kind, MemoryNats
 
@@ -114,3 +114,85 @@ async def test_a_cut_loses_what_is_on_the_wire_and_keeps_what_arrived() -> None:
     await alice.publish("news", b"kept")
 
     assert await take(heard, 1) == [b"kept"]
+
+
+async def test_a_doubled_message_is_heard_twice() -> None:
+    """Property: "double" delivers a message again, later, whatever is sent in between."""
+    nats = MemoryNats(on_message=lambda kind, subject: "double" if kind == "publish" else "deliver", late_s=0.02)
+    alice, bob = nats.link("alice"), nats.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("news", heard.put_nowait)
+
+    await alice.publish("news", b"1")
+
+    assert await take(heard, 2) == [b"1", b"1"]
+
+
+async def test_a_stale_read_is_answered_from_before_the_latest_entry() -> None:
+    """Property: a deposed leader lacks what came after it; the stream itself has it."""
+    fates: dict[Kind, Fault] = {"read": "stale"}
+    nats = MemoryNats(on_message=lambda kind, subject: fates.get(kind, "deliver"))
+    link = nats.link("alice")
+    await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+    for payload in (b"1", b"2"):
+        await link.append("ev.a", payload, expected=None, timeout_s=WAIT_S)
+
+    stale = await link.last("journal", "ev.a", timeout_s=WAIT_S)
+    fates.clear()
+    fresh = await link.last("journal", "ev.a", timeout_s=WAIT_S)
+
+    assert stale is not None
+    assert fresh is not None
+    assert (stale.payload, fresh.payload) == (b"1", b"2")
+
+
+async def test_a_partition_is_noticed_by_nobody_until_it_heals() -> None:
+    """Property: verbs time out instead of failing, nothing is heard, and a reconnect brings all of it back."""
+    nats = MemoryNats()
+    alice, bob = nats.link("alice"), nats.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("news", heard.put_nowait)
+    await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+
+    bob.partition()
+    assert bob.connected
+    with pytest.raises(InDoubt):
+        await bob.append("ev.a", b"1", expected=0, timeout_s=0.02)
+    await alice.publish("news", b"missed")
+    await alice.last("journal", "ev.a", timeout_s=WAIT_S)  # by now the news has reached the server
+    bob.reconnect()
+    await alice.publish("news", b"heard")
+
+    assert await take(heard, 1) == [b"heard"]
+    assert nats.entries("journal") == []
+
+
+async def test_a_truncated_stream_gives_its_sequences_out_anew() -> None:
+    """Property: what a server lost with its disk's tail is gone, and nobody is told."""
+    nats = MemoryNats()
+    link = nats.link("alice")
+    await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+    for payload in (b"1", b"2", b"3"):
+        await link.append("ev.a", payload, expected=None, timeout_s=WAIT_S)
+
+    lost = nats.truncate("journal", 1)
+    anew = await link.append("ev.a", b"other", expected=1, timeout_s=WAIT_S)
+
+    assert [entry.payload for entry in lost] == [b"2", b"3"]
+    assert anew == 2
+    assert [entry.payload for entry in nats.entries("journal")] == [b"1", b"other"]
+
+
+async def test_every_append_that_landed_is_told_although_a_roll_up_removes_it() -> None:
+    """Property: an observer of appends has the whole history; refused ones are no part of it."""
+    stored: list[Entry] = []
+    nats = MemoryNats(on_append=stored.append)
+    link = nats.link("alice")
+    await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+    await link.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+    with pytest.raises(WrongSequence):
+        await link.append("ev.a", b"refused", expected=0, timeout_s=WAIT_S)
+    await link.append("ev.a", b"2", expected=1, timeout_s=WAIT_S, rollup=True)
+
+    assert [entry.payload for entry in nats.entries("journal")] == [b"2"]
+    assert [(entry.sequence, entry.payload) for entry in stored] == [(1, b"1"), (2, b"2")]

@@ -87,9 +87,9 @@ _LAGGING = Profile(
     sessions=0.0, lagging=0.15, lag_s=5.0,
 )  # fmt: skip
 _COMMIT_LATE = Profile(
-    shards=1, actors=1, senders=4, commands=25, rough_s=10.0, fault_every_s=float("inf"), struck="-map.shard",
-    late=0.3, lost=0.3, late_s=6.0, lagging=0.4, lag_s=6.0, laggards=("node", "sender"), tasks_lost=0.2,
-    move_every_s=0.2, sessions=0.0,
+    shards=6, actors=6, senders=6, commands=30, rough_s=10.0, fault_every_s=float("inf"), struck="-map.shard",
+    late=0.3, lost=0.35, late_s=6.0, lagging=0.4, lag_s=6.0, laggards=("node", "sender"), tasks_lost=0.05,
+    move_every_s=0.05, moves_at_once=6, sessions=0.0,
 )  # fmt: skip
 _SKIPPED = Profile(
     shards=1, actors=4, nodes=3, senders=4, commands=20, rough_s=8.0, fault_every_s=0.25, faults={"lease": 1},
@@ -317,11 +317,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="T1", seed=78, rule="after FAILOVER and BOOT an actor is claimed first", patches=_t1, profile=_NODES_FAIL
     ),
-    Mutant(name="T2", rule="a higher epoch in the log fences", patches=_t2, profile=_LAGGING),
-    Mutant(name="T3", seed=4, rule="what was answered derives from the log", patches=_t3, profile=_NODES_FAIL),
+    Mutant(name="T2", seed=39, rule="a higher epoch in the log fences", patches=_t2, profile=_LAGGING),
+    Mutant(name="T3", seed=5, rule="what was answered derives from the log", patches=_t3, profile=_NODES_FAIL),
     Mutant(
         name="T4",
-        seed=8,
+        seed=3,
         rule="a failed append is decided again, never sent again",
         patches=_t4,
         profile=_NETWORK_FAILS,
@@ -337,7 +337,7 @@ MUTANTS: tuple[Mutant, ...] = (
         cover=lambda: [_no_reconciler()],
     ),
     Mutant(name="T7", rule="a restarted owner takes its units back by BOOT", patches=_t7, profile=_NODES_FAIL),
-    Mutant(name="T8", seed=43, rule="LOCK finalises the previous move's record", patches=_t8, profile=_ONE_SHARD),
+    Mutant(name="T8", seed=38, rule="LOCK finalises the previous move's record", patches=_t8, profile=_ONE_SHARD),
     Mutant(name="T9", rule="exactly the next number of a session", patches=_no_sender_gate, profile=_MOVES),
     Mutant(
         name="T10",
@@ -347,7 +347,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="T11",
-        seed=35,
+        seed=16,
         rule="a rejection is logged: a late duplicate finds it",
         patches=_rejections_not_logged,
         profile=replace(_NETWORK_FAILS, conditional=0.6, actors=1, shards=1, doubled=0.15),
@@ -361,7 +361,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="T13",
-        seed=331,
+        seed=14,
         rule="a source leaves its pause through the map, never by a timer",
         patches=_t13,
         profile=_COMMIT_LATE,
@@ -380,7 +380,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="T15",
-        seed=7,
+        seed=9,
         rule="a gap is answered only after a look at the log's end",
         patches=_t15,
         profile=replace(_SKIPPED, sessions=1.0),
@@ -390,7 +390,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="S1",
-        seed=31,
+        seed=122,
         rule="a lock that no pause follows is aborted by its source",
         patches=_s1,
         profile=replace(_TASKS_FAIL, tasks_lost=0.3, lost=0.1, lost_answer=0.1),
@@ -399,7 +399,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="S2",
-        seed=18,
+        seed=28,
         rule="a LOCK still in flight is fenced before a record ends",
         patches=_s2,
         profile=replace(_TASKS_FAIL, late=0.1, cancel=0.5),

@@ -21,7 +21,7 @@ from tests.simulation.world import Result, play
 
 ROOT = Path(__file__).parents[2]
 SEEDS = range(90)
-SEEDS_AT_MOST = 400  # for a mutant, when its known seed does not notice it any more because production code changed
+SEEDS_AT_MOST = 600  # for a mutant, when its known seed does not notice it any more because production code changed
 CALM = Profile(fault_every_s=float("inf"))
 
 
@@ -96,6 +96,7 @@ def test_another_process_plays_the_same_run(hash_seed: str) -> None:
     assert f"trace {play(17).digest}" in played.stdout
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_rule_that_is_switched_off_is_noticed(mutant: Mutant) -> None:
     """Property: the simulation would find a regression of any rule of the protocol."""
@@ -104,4 +105,6 @@ def test_a_rule_that_is_switched_off_is_noticed(mutant: Mutant) -> None:
             found = play(seed, mutant.profile).violations
         if mutant.notices(found):
             return
-    pytest.fail(f"{mutant.name} ({mutant.rule}) survived {SEEDS_AT_MOST} schedules")
+    pytest.fail(
+        f"{mutant.name} ({mutant.rule}) survived {SEEDS_AT_MOST} schedules: see python -m tests.simulation --mutants"
+    )
