@@ -64,7 +64,7 @@ class Weather:
         if fault in ("late", "double"):
             self._world.nats.late_s = self._chance.uniform(0.05, self._world.profile.late_s)
         if fault == "stale":
-            self._world.nats.stale_by = self._chance.randint(1, 6)
+            self._world.nats.stale_by = self._chance.randint(self._world.profile.stale_by_at_least, 6)
         if fault == "double" and ".cmd." in subject:
             self.commands_doubled_s.append(self._world.now_s())
         self.faults[f"message {_WORDS[fault]}"] += 1
