@@ -164,8 +164,10 @@ async def test_a_standby_leads_when_the_leading_coordinator_is_killed(healing: H
 
 async def test_moves_of_a_killed_worker_end_and_their_actors_are_served(healing: Healing) -> None:
     """With the only worker killed in the middle of a plan, every record still becomes terminal."""
-    # given a plan under way: a fourth node has joined
+    # given a plan under way: a fourth node has joined, and the worker stands still in the middle of a move
     await healing.fly_all()
+    healing.processes.remove("worker-1")
+    healing.processes.add_worker("1", env={"FERRY_FAILPOINTS": "capture.begin=stop*1"})
     healing.processes.add_node("d")
 
     async def under_way() -> bool | None:
