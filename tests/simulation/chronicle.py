@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from routing import shard_map
@@ -41,6 +42,7 @@ class Chronicle:
         self.locked: dict[str, None] = {}  # moves that ever held a lock
         self.served: dict[str, tuple[int, str]] = {}  # actor -> the highest epoch that answered for it, and whose
         self.begins: dict[str, int] = {}  # actor -> end of its log when its present owner became that
+        self.on_commit: Callable[[Ownership], None] = lambda before: None  # told what COMMIT has just replaced
         self.problems: list[str] = []
         self.lines: list[str] | None = [] if keep_lines else None
         self._digest = hashlib.blake2b(digest_size=16)
@@ -108,6 +110,8 @@ class Chronicle:
         if after.move is not None:
             self.locked[after.move] = None
         if after.last is not None:
+            if after.last.outcome is Outcome.COMMITTED and after.last.move not in self.outcomes and before is not None:
+                self.on_commit(before)
             known = self.outcomes.setdefault(after.last.move, after.last.outcome)
             if known is not after.last.outcome:
                 self.problems.append(f"map of {unit}: move {after.last.move} was {known}, then {after.last.outcome}")

@@ -54,6 +54,8 @@ class Profile:
     victims: dict[str, float] = field(
         default_factory=lambda: {"node": 5, "coordinator": 1.5, "worker": 2, "sender": 0.5}
     )
+    ambush: float = 0.0  # of the commits: just then the source and the workers are killed, the coordinators stopped
+    astray: float = 0.0  # of the commits: the write strays past the pause lease, and nobody reaches the map meanwhile
     tasks_lost: float = 0.0
     tasks_doubled: float = 0.0
     tasks_late: float = 0.0

@@ -22,7 +22,6 @@ from tests.simulation.world import Result, play
 ROOT = Path(__file__).parents[2]
 SEEDS = range(90)
 SEEDS_AT_MOST = 600  # for a mutant, when its known seed does not notice it any more because production code changed
-RARE = ("T13", "S3")  # a schedule in hundreds: `make simulate` hunts them, tests/model finds them here
 CALM = Profile(fault_every_s=float("inf"))
 
 
@@ -98,9 +97,7 @@ def test_another_process_plays_the_same_run(hash_seed: str) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "mutant", [mutant for mutant in MUTANTS if mutant.name not in RARE], ids=lambda mutant: mutant.name
-)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_rule_that_is_switched_off_is_noticed(mutant: Mutant) -> None:
     """Property: the simulation would find a regression of any rule of the protocol."""
     for seed in (mutant.seed, *range(SEEDS_AT_MOST)):

@@ -7,6 +7,7 @@ from collections import Counter
 from random import Random
 from typing import TYPE_CHECKING
 
+from routing.shard_map import Ownership
 from routing.subjects import kv_subject, node_key
 from runtime.testing import Fault, Kind
 from tests.simulation.machines import Machine
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 MAP_READ = "-map.shard."
+DEPOSED = 0.9  # of the reads after an ambush
+ASTRAY_S = (2.2, 4.5)  # a little more than the pause lease, and the time in which everybody gives up
 
 
 class Weather:
@@ -25,6 +28,9 @@ class Weather:
         self.rough = False
         self.faults: Counter[str] = Counter()
         self.commands_doubled_s: list[float] = []  # when
+        self._deposed = False  # most reads of the map are answered by a leader that is none any more
+        self._committing = self._unaware = ""  # the source of a COMMIT that goes astray
+        self._unreachable_until_s = float("-inf")
         self._stalled_until_s = 0.0
         self._rates = self._cumulated()
 
@@ -49,6 +55,8 @@ class Weather:
         return fate
 
     def _fate(self, kind: Kind, subject: str) -> Fault:
+        if self.rough and (directed := self._directed(kind, subject)) is not None:
+            return directed
         if not self.rough or not self._rates or self._world.profile.struck not in subject:
             return "deliver"
         drawn = self._chance.random()
@@ -70,6 +78,48 @@ class Weather:
         self.faults[f"message {_WORDS[fault]}"] += 1
         return fault
 
+    # -- faults at the worst moment ----------------------------------------------------------------------------------
+    def ambush(self, before: Ownership) -> None:
+        """COMMIT has landed: nobody who knows of it is left to write that down, and the map's leader is deposed."""
+        if not self.rough or self._chance.random() >= self._world.profile.ambush:
+            return
+        self.faults["ambush"] += 1
+        self._deposed = True
+        self._world.note(f"ambush at the commit of {before.move}")
+        for machine in self._world.machines:
+            if machine.name == before.owner:
+                machine.kill()
+            elif machine.kind == "worker":
+                machine.kill()
+                self._world.loop.call_later(0.3, machine.start, context=self._world.nats.context)
+            elif machine.kind == "coordinator":
+                machine.stop()
+
+    def _directed(self, kind: Kind, subject: str) -> Fault | None:
+        """What befalls the map around a COMMIT, where the profile says so."""
+        if MAP_READ in subject:
+            if self._deposed and kind == "read" and self._chance.random() < DEPOSED:
+                self._world.nats.stale_by = self._chance.randint(self._world.profile.stale_by_at_least, 6)
+                self.faults["message stale"] += 1
+                return "stale"
+            return self._astray(kind)
+        if kind == "request" and subject.endswith(".commit") and self._world.loop.time() > self._unreachable_until_s:
+            self._committing = subject.split(".")[3] if self._chance.random() < self._world.profile.astray else ""
+        return None
+
+    def _astray(self, kind: Kind) -> Fault | None:
+        """A COMMIT that lands long after its source has sent it, while nobody can read or write the map."""
+        now_s = self._world.loop.time()
+        if now_s < self._unreachable_until_s:
+            return "drop_request"
+        if kind != "append" or not self._committing:
+            return None
+        self.faults["commit astray"] += 1
+        self._unaware, self._committing = self._committing, ""
+        self._unreachable_until_s = now_s + ASTRAY_S[1]
+        self._world.nats.late_s = self._chance.uniform(*ASTRAY_S)
+        return "late"
+
     def latency_s(self) -> float:
         chance, profile = self._chance, self._world.profile
         latency_s = 0.0003 + 0.002 * chance.random()
@@ -84,6 +134,8 @@ class Weather:
 
     def watch_lag_s(self, link: str) -> float:
         profile = self._world.profile
+        if self.rough and link == self._unaware and self._world.loop.time() < self._unreachable_until_s:
+            return ASTRAY_S[1]
         if profile.laggards and self._world.kind_of(link) not in profile.laggards:
             return 0.0
         if self.rough and profile.lagging and self._chance.random() < profile.lagging:

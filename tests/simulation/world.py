@@ -73,6 +73,7 @@ class World:
         self.loop = VirtualTimeLoop()
         self.chronicle = Chronicle(keep_lines=keep_lines)
         self.weather = Weather(self, Random(self.chance.random()))
+        self.chronicle.on_commit = self.weather.ambush
         self.nats = MemoryNats(
             latency=self.weather.latency_s, on_message=self.weather.fate,
             on_append=lambda entry: self.chronicle.on_append(self.loop.time(), entry),
