@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from routing import control, shard_map
-from routing.control import ROWS_PER_PAGE, MigrationRequest, StepRequest
+from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
 from routing.directory import Directory
 from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Unavailable
 from routing.failpoints import Failpoints
@@ -203,12 +203,7 @@ class Handover:
         def acknowledged() -> None:
             self._extend_pause(unit, request)
 
-        rows = outgoing.rows or []
-        lacking: list[int] = []
-        for page in manifest_pages(request, rows):
-            lacking += await self._announce(page)
-        if any(index >= len(rows) for index in lacking):
-            raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
+        lacking = await self._announce(request, outgoing.rows or [])
         payloads = [(index, outgoing.payload(index)) for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=acknowledged)
         outgoing.sent_bytes, outgoing.sent = sum(len(payload) for _, payload in payloads), True
@@ -255,12 +250,14 @@ class Handover:
         while (await self._ask_destination(request, "verify", request)).get("pending"):
             pass
 
-    async def _announce(self, page: MigrationRequest) -> list[int]:
-        """Tell the destination what is coming; returns the indexes of what it lacks."""
-        answer = await control.ask(
-            self._link, self._subjects, page.destination, "stage", page, timeout_s=self._settings.append_timeout_s
-        )
-        return list(numbers(answer, "lacking"))
+    async def _announce(self, request: StepRequest, rows: list[ManifestRow]) -> list[int]:
+        """Tell the destination what is coming; returns the indexes of the rows that it lacks."""
+        lacking: list[int] = []
+        for page in manifest_pages(request, rows):
+            lacking += numbers(await self._ask_destination(request, "stage", page), "lacking")
+        if any(index >= len(rows) for index in lacking):
+            raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
+        return lacking
 
     def _check_room(self, outgoing: Outgoing, more_bytes: int = 0) -> None:
         """Raises PayloadTooLarge when a move alone exceeds what may be held on its way, Busy when all together do."""

@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from routing.control import MigrationRequest, StepRequest
+from routing.control import ManifestRow, StepRequest
 from routing.errors import Busy, NotApplicable, PayloadTooLarge, StateNotPortable
 from routing.settings import Settings
 from runtime.chunks import ChunkSender
 from runtime.live_actor import CHECKED_BYTES, LiveActor
 from runtime.mailbox import Mailboxes
-from runtime.outgoing import Leaving, Outgoing, manifest_pages
+from runtime.outgoing import Leaving, Outgoing
 from runtime.throttle import TokenBucket
 from runtime.unit import Unit, UnitState
 
@@ -34,7 +34,7 @@ class Precopy:
 
     def __init__(
         self, *, mailboxes: Mailboxes, sender: ChunkSender, settings: Settings, clock: Callable[[], float],
-        announce: Callable[[MigrationRequest], Awaitable[list[int]]], verify: Callable[[StepRequest], Awaitable[None]],
+        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]], verify: Callable[[StepRequest], Awaitable[None]],
         check_room: Callable[[Outgoing, int], None],
     ) -> None:  # fmt: skip
         self._mailboxes, self._sender, self._settings, self._clock = mailboxes, sender, settings, clock
@@ -73,9 +73,7 @@ class Precopy:
         if not outgoing.precopied:
             return
         copied = list(outgoing.precopied.values())
-        lacking: list[int] = []
-        for page in manifest_pages(request, [one.row(index) for index, one in enumerate(copied)]):
-            lacking += await self._announce(page)
+        lacking = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
         payloads = [(index, copied[index].payload or b"") for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=goes_on, throttle=self._throttle)
         await self._verify(request)

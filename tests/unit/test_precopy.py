@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from routing.address import ActorId
-from routing.errors import NotApplicable, Timeout, Unavailable
+from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable
 from runtime.journal import Kind, Record
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
 from tests.unit.virtual_time import until, virtually
@@ -383,3 +383,22 @@ async def test_a_move_that_ends_while_its_pause_waits_for_the_copy_closes_no_gat
 
         assert small.nodes["a"].node.host.units[UNIT].pause is None
         assert await small.send("k", "write", entry="on", timeout_s=0.5) == 2
+
+
+@virtually
+async def test_a_destination_that_lacks_what_was_never_announced_does_not_end_the_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its answer is refused while copying ahead as it is while sending; the actor goes on."""
+    async with cluster("a", "b", **SMALL_CHUNKS) as small:
+        await small.send("k", "write", entry=LARGE)
+        monkeypatch.setattr(small.nodes["b"].node._arrivals, "announce", lambda request: [99])
+        request = await small.lock("m", "b")
+
+        with pytest.raises(InvalidInput, match="never announced"):
+            await small.steps(request)
+
+        assert counter(small, "a", "precopies_failed") == 1
+        await small.abort("m")
+        assert await small.send("k", "write", entry="on") == 2
+        assert not small.nodes["a"].task.done()
