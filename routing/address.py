@@ -44,6 +44,11 @@ class ActorId:
             raise InvalidInput(f"actor key {shown(self.key)} has control characters: remove them")
 
     @classmethod
+    def of(cls, actor: str | ActorId) -> ActorId:
+        """An id as it is, or read from `type/key`. Raises InvalidInput."""
+        return actor if isinstance(actor, ActorId) else cls.parse(actor)
+
+    @classmethod
     def parse(cls, text: str) -> ActorId:
         """Read `type/key`. Raises InvalidInput, naming the form, for anything else."""
         actor_type, slash, key = text.partition("/")

@@ -26,6 +26,7 @@ from routing.address import ActorId, NodeId
 from routing.birth import read_birth
 from routing.directory import Directory
 from routing.errors import Unavailable
+from routing.handle import ActorHandle
 from routing.link import Link
 from routing.router import DEFAULT_TIMEOUT_S, Router
 from routing.session import Session
@@ -78,7 +79,7 @@ class Cluster:
         await self._directory.stop()
         await self._link.close()
 
-    def actor(self, actor_type: str, key: str) -> ActorHandle:
+    def actor(self, actor_type: str, key: str) -> ActorHandle[Coroutine[Any, Any, Any]]:
         """A handle whose methods are the actor's commands and queries. Raises InvalidInput for a malformed id."""
         return ActorHandle(self, ActorId(actor_type, key))
 
@@ -103,7 +104,7 @@ class Cluster:
         A `linearizable` query sees everything that was acknowledged before it was sent, at the price of a read of the
         log; without, an owner that was just replaced may answer from what it knew up to its lease's margin.
         """
-        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        target = ActorId.of(actor)
         return await self._open().send_message(
             target, command, arguments, message_id=message_id, linearizable=linearizable, timeout_s=timeout
         )
@@ -112,7 +113,7 @@ class Cluster:
         """The node that owns the actor now (read from the map's leader), or None while nobody does."""
         self._open()
         assert self._directory is not None
-        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        target = ActorId.of(actor)
         await self._directory.refresh(self._directory.unit_of(target))
         return self._directory.get_actor_node(target)
 
@@ -120,26 +121,6 @@ class Cluster:
         if self._router is None:
             raise Unavailable("the cluster connection is not open: use `async with Cluster.connect(...)`")
         return self._router
-
-
-class ActorHandle:
-    """One actor, seen from outside. `await handle.fly(distance=1400)` sends the command `fly`."""
-
-    def __init__(self, cluster: Cluster, actor: ActorId) -> None:
-        self._cluster = cluster
-        self.actor_id = actor
-
-    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        def call(**arguments: Any) -> Coroutine[Any, Any, Any]:
-            return self._cluster.send_message(self.actor_id, name, arguments)
-
-        return call
-
-    def __repr__(self) -> str:
-        return f"<actor {self.actor_id}>"
 
 
 class SyncCluster:
@@ -174,8 +155,8 @@ class SyncCluster:
         finally:
             self._end()
 
-    def actor(self, actor_type: str, key: str) -> SyncActorHandle:
-        return SyncActorHandle(self, ActorId(actor_type, key))
+    def actor(self, actor_type: str, key: str) -> ActorHandle[Any]:
+        return ActorHandle(self, ActorId(actor_type, key))
 
     def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
@@ -203,23 +184,6 @@ class SyncCluster:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
         self._loop.close()
-
-
-class SyncActorHandle:
-    """One actor, for blocking code: `handle.fly(distance=1400)`."""
-
-    def __init__(self, cluster: SyncCluster, actor: ActorId) -> None:
-        self._cluster = cluster
-        self.actor_id = actor
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        def call(**arguments: Any) -> Any:
-            return self._cluster.send_message(self.actor_id, name, arguments)
-
-        return call
 
 
 def _sender() -> str:

@@ -96,8 +96,7 @@ class Router:
 
     async def deliver(self, command: Command, *, timeout_s: float, before: asyncio.Event | None = None) -> Any:
         """Send a prepared command; errors as for `send_message`. `before` is set when the one before it is over."""
-        if not 0 < timeout_s < math.inf:
-            raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
+        check_timeout(timeout_s)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         command = replace(command, expires_ms=int((self._wall_clock() + timeout_s) * 1000))
@@ -180,6 +179,12 @@ class Router:
             await self._directory.refresh(unit)
         except (Timeout, Unavailable) as error:
             attempts.refused(error)
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raises InvalidInput for a time that nobody can wait."""
+    if not 0 < timeout_s < math.inf:
+        raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
 
 
 class _Attempts:

@@ -14,7 +14,6 @@ it has decided with the same reply, and sends the sender back to a missing one.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -31,7 +30,8 @@ from routing.errors import (
     Timeout,
     UnknownActorType,
 )
-from routing.router import DEFAULT_TIMEOUT_S, Router
+from routing.handle import ActorHandle
+from routing.router import DEFAULT_TIMEOUT_S, Router, check_timeout
 from routing.session_id import IN_FLIGHT
 
 SHORTEST_S = 0.001  # left of a deadline that ended together with the wait for a turn
@@ -52,9 +52,9 @@ class Session:
         self._router, self._on_expired = router, on_expired
         self._lanes: dict[ActorId, _Lane] = {}
 
-    def actor(self, actor_type: str, key: str) -> SessionHandle:
+    def actor(self, actor_type: str, key: str) -> ActorHandle[Coroutine[Any, Any, Any]]:
         """A handle whose methods are the actor's commands. Raises InvalidInput for a malformed id."""
-        return SessionHandle(self, ActorId(actor_type, key))
+        return ActorHandle(self, ActorId(actor_type, key))
 
     async def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
@@ -65,7 +65,7 @@ class Session:
         Errors: see Router.send_message; SessionExpired when the actor has forgotten this session; NotApplicable when
         an earlier command to this actor ended without an outcome.
         """
-        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        target = ActorId.of(actor)
         router = self._router()
         lane = self._lanes.setdefault(target, _Lane(self.id))
         try:
@@ -79,31 +79,11 @@ class Session:
         linearizable: bool = False, timeout: float = DEFAULT_TIMEOUT_S,
     ) -> Any:  # fmt: skip
         """Ask a query that sees every command of this session to that actor that began before it."""
-        target = actor if isinstance(actor, ActorId) else ActorId.parse(actor)
+        target = ActorId.of(actor)
         router = self._router()
         asked = router.prepare(target, name, arguments, linearizable=linearizable)
         lane = self._lanes.get(target)
         return await (router.deliver(asked, timeout_s=timeout) if lane is None else lane.ask(router, asked, timeout))
-
-
-class SessionHandle:
-    """One actor, seen from a session. `await handle.fly(distance=1400)` sends the command `fly` in its turn."""
-
-    def __init__(self, session: Session, actor: ActorId) -> None:
-        self._session = session
-        self.actor_id = actor
-
-    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        def call(**arguments: Any) -> Coroutine[Any, Any, Any]:
-            return self._session.send_message(self.actor_id, name, arguments)
-
-        return call
-
-    def __repr__(self) -> str:
-        return f"<actor {self.actor_id} in session {self._session.id}>"
 
 
 class _Lane:
@@ -125,8 +105,7 @@ class _Lane:
     async def send(self, router: Router, command: Command, timeout_s: float) -> Any:
         """Give a command the next number and send it."""
         self._check_order()
-        if not 0 < timeout_s < math.inf:
-            raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
+        check_timeout(timeout_s)
         self._issued += 1
         number, before = self._issued, self._end_of(self._issued - 1)
         ended = self._ended[number] = asyncio.Event()

@@ -58,10 +58,6 @@ class Ownership:
         """How `move` ended as far as this value tells: None while it is locked or when it is not named."""
         return self.last.outcome if self.last is not None and self.last.move == move else None
 
-    def needs_claim(self, tail_epoch: int) -> bool:
-        """Whether an actor whose log ends in `tail_epoch` (0: no log) must be claimed before it serves anything."""
-        return tail_epoch < self.fence
-
 
 def assign(owner: str) -> Ownership:
     """ASSIGN: the first owner of a unit that has none."""

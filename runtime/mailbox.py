@@ -33,7 +33,7 @@ from routing.settings import Settings
 from runtime import rules
 from runtime.actor import ActorClasses, Handler
 from runtime.delivery import Delivery
-from runtime.journal import Journal, Kind, Record
+from runtime.journal import History, Journal, Kind, Record
 from runtime.live_actor import LiveActor, replay
 from runtime.memory import Limits
 from runtime.rules import Admission, Standing
@@ -287,10 +287,7 @@ class Mailboxes:
             history = await self._journal.load(live.actor_id)
             still_alone()
             self._check(unit, live, history.version, history.epoch)
-            live.restore(
-                self._classes.get(live.actor_id.actor_type), history, limits=Limits.of(self._settings),
-                max_state_bytes=self._settings.max_state_bytes,
-            )  # fmt: skip
+            self._restore(live, history)
             self._host.counters["activations"] += 1
         if rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
             claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
@@ -316,10 +313,13 @@ class Mailboxes:
         if tail is not None and tail[0] > live.version:
             await self._replay_to(live, tail, lambda: None)
             if live.dirty:
-                live.restore(
-                    self._classes.get(live.actor_id.actor_type), await self._journal.load(live.actor_id),
-                    limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
-                )  # fmt: skip
+                self._restore(live, await self._journal.load(live.actor_id))
+
+    def _restore(self, live: LiveActor, history: History) -> None:
+        live.restore(
+            self._classes.get(live.actor_id.actor_type), history, limits=Limits.of(self._settings),
+            max_state_bytes=self._settings.max_state_bytes,
+        )  # fmt: skip
 
     async def _replay_to(self, live: LiveActor, tail: tuple[int, Record], still_alone: Callable[[], None]) -> None:
         """Replay what the log has after the held version, if it still has it; else leave the actor dirty."""

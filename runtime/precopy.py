@@ -34,8 +34,8 @@ class Precopy:
 
     def __init__(
         self, *, mailboxes: Mailboxes, sender: ChunkSender, settings: Settings, clock: Callable[[], float],
-        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]], verify: Callable[[StepRequest], Awaitable[None]],
-        check_room: Callable[[Outgoing, int], None],
+        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]],
+        verify: Callable[[StepRequest], Awaitable[None]], check_room: Callable[[Outgoing, int], None],
     ) -> None:  # fmt: skip
         self._mailboxes, self._sender, self._settings, self._clock = mailboxes, sender, settings, clock
         self._announce, self._verify, self._check_room = announce, verify, check_room

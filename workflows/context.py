@@ -34,6 +34,7 @@ from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.context")
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 MOVES_RECALLED = 256  # a worker has few moves on their way at a time
@@ -64,9 +65,7 @@ class StepContext:
 
         For verbs that may as well be asked twice, or for nothing: all but COMMIT, which waits for its own task.
         """
-        self._asked[move.id, verb] = self._aside(self._ask(node, verb, move, 0))
-        while len(self._asked) > MOVES_RECALLED:
-            self._asked.popitem(last=False)
+        _begin(self._asked, (move.id, verb), self._ask(node, verb, move, 0))
 
     async def _ask(self, node: str, verb: str, move: Move, offset: int) -> dict[str, Any]:
         request = StepRequest(
@@ -114,9 +113,7 @@ class StepContext:
         Should this process die first, the record is a step behind; the next step then takes that one again.
         """
         after = advance(move, status, now=self.now(), **changes)
-        self._saving[move.id] = self._aside(self.store.save(after, actors=actors or []))
-        while len(self._saving) > MOVES_RECALLED:
-            self._saving.popitem(last=False)
+        _begin(self._saving, move.id, self.store.save(after, actors=actors or []))
         return after
 
     async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
@@ -138,12 +135,6 @@ class StepContext:
                 if not fresh:
                     return saved
         return await self.store.move(move_id)
-
-    def _aside(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin something that a later step waits for. Its failure is that step's, or nobody's if that never comes."""
-        task = asyncio.get_running_loop().create_task(work)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
 
     # -- the map -----------------------------------------------------------------------------------------------------
     async def lock(self, move: Move) -> MapEntry:
@@ -221,6 +212,14 @@ class StepContext:
             entry.ownership if entry is not None else None, entry.revision if entry is not None else 0,
             move=move.id, lock_revision=move.lock_revision,
         )  # fmt: skip
+
+
+def _begin(begun: OrderedDict[K, asyncio.Task[T]], name: K, work: Coroutine[Any, Any, T]) -> None:
+    """Begin something that a later step waits for. Its failure is that step's, or nobody's if that never comes."""
+    task = begun[name] = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    while len(begun) > MOVES_RECALLED:
+        begun.popitem(last=False)
 
 
 class Worker:

@@ -322,8 +322,8 @@ def rollback(self: Task, *move_ids: str) -> None:
 def launch(*moves: Move) -> None:
     """Send one chain for moves that wait for the same step, from that step. Its task ids are in their records."""
     first, move_ids = moves[0], [move.id for move in moves]
-    steps = [step for step in CHAIN if STEPS.index(step.name) >= STEPS.index(first.step or STEPS[0])]
     signatures = [
-        TASKS[step.name].si(*move_ids).set(task_id=first.task_ids[step.name], priority=step.priority) for step in steps
+        TASKS[step.name].si(*move_ids).set(task_id=first.task_ids[step.name], priority=step.priority)
+        for step in CHAIN[_place(first.step) :]
     ]
     chain(*signatures).on_error(rollback.si(*move_ids).set(priority=PRIORITY_BEGUN)).apply_async()

@@ -23,6 +23,7 @@ from routing.shard_map import (
     failover,
     lock,
 )
+from runtime.rules import must_claim
 
 UNBOUND = Ownership(owner="a", incarnation=None, epoch=4, fence=2)
 BOUND = replace(UNBOUND, incarnation="a-1")
@@ -96,12 +97,17 @@ def test_an_actor_needs_a_claim_exactly_while_its_log_ends_below_the_fence() -> 
                    move="n", incarnation="c-1")  # fmt: skip
 
     assert (moved.epoch, moved.fence) == (6, 5)
-    assert [moved.needs_claim(tail_epoch) for tail_epoch in (0, 4, 5, 6)] == [True, True, False, False]
+    assert [must_claim(tail_epoch=tail_epoch, fence=moved.fence) for tail_epoch in (0, 4, 5, 6)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_an_actor_of_a_shard_that_never_lost_its_owner_needs_no_claim() -> None:
     """Not even one without a log."""
-    assert not assign("a").needs_claim(0)
+    assert not must_claim(tail_epoch=0, fence=assign("a").fence)
 
 
 @pytest.mark.parametrize(
