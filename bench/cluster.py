@@ -45,6 +45,20 @@ class BenchCluster:
         move: Move = await until(ended, "the move to end", pause_s=look_every_s)
         return move
 
+    async def to_and_fro(self, actor: ActorId, moves: int) -> list[float]:
+        """The blackouts of an idle actor's shard that goes between a and b, in milliseconds."""
+        shard, blackouts = shard_of(actor, self.context.directory.shards_total), []
+        for number in range(moves + 2):
+            here = await self.client.get_actor_node(actor)
+            move = await self.migrate(shard, "b" if here == "a" else "a")
+            if move.status is MigrationStatus.CANCELLED and not number:
+                continue  # the cluster has just come up, and its first plan took the place of this one
+            if move.blackout_ms is None:
+                raise RuntimeError(f"move {move.id} ended {move.status} without a blackout: {move.error}")
+            if number >= 2:  # the first of each direction warms connections up
+                blackouts.append(move.blackout_ms)
+        return blackouts
+
     def start_noop_worker(self) -> LocalProcess:
         """A worker for the floor, with the settings of Ferry's own."""
         environment = self.local.environment()

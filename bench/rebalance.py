@@ -128,17 +128,7 @@ async def idle_blackouts(bench: BenchCluster, moves: int) -> list[float]:
     """Of one idle 1 KB actor that goes to and fro, in milliseconds."""
     actor = ActorId("blob", "idle")
     await bench.client.send_message(actor, "fill", {"text": secrets.token_hex(STATE_BYTES // 2)})
-    shard, blackouts = shard_of(actor, bench.context.directory.shards_total), []
-    for number in range(moves + 2):
-        here = await bench.client.get_actor_node(actor)
-        move = await bench.migrate(shard, "b" if here == "a" else "a")
-        if move.status is MigrationStatus.CANCELLED and not number:
-            continue  # the cluster has just come up, and its first plan took the place of this one
-        if move.blackout_ms is None:
-            raise RuntimeError(f"move {move.id} ended {move.status} without a blackout: {move.error}")
-        if number >= 2:  # the first of each direction warms connections up
-            blackouts.append(move.blackout_ms)
-    return blackouts
+    return await bench.to_and_fro(actor, moves)
 
 
 async def fill(bench: BenchCluster, actors: Sequence[str]) -> None:
