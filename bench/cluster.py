@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from routing import control
+from routing.address import ActorId, shard_of
 from routing.client import Cluster
 from routing.control import COORDINATOR
 from routing.errors import Timeout, TransientError
 from routing.settings import Settings
 from workflows.context import StepContext, open_context
 from workflows.local import EmbeddedServers, LocalCluster, LocalProcess
-from workflows.records import TERMINAL, Move
+from workflows.records import TERMINAL, MigrationStatus, Move
 
 WAIT_S = 60.0
 

@@ -20,7 +20,7 @@ import psutil
 from bench.cluster import BenchCluster, bench_cluster, until
 from bench.results import Result, percentile
 from bench.sender import Sent, actor_name, read
-from routing.address import ActorId, shard_of
+from routing.address import ActorId
 from workflows.local import LocalProcess
 from workflows.records import MigrationPlan, MigrationStatus, Move
 
