@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import xxhash
 
@@ -12,10 +13,12 @@ from routing.jsonlike import shown
 
 NodeId = str
 
+IDS_RECALLED = 4_096  # parsed lately, by this process: to read one again costs as much as to answer a query
 MAX_KEY_BYTES = 128  # a subject token of three times that, escaped, stays far below NATS' 4 KiB protocol line
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+_PLAIN_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,10 +54,7 @@ class ActorId:
     @classmethod
     def parse(cls, text: str) -> ActorId:
         """Read `type/key`. Raises InvalidInput, naming the form, for anything else."""
-        actor_type, slash, key = text.partition("/")
-        if not slash:
-            raise InvalidInput(f"actor {shown(text)} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
-        return cls(actor_type, key)
+        return _parsed(text)
 
     @classmethod
     def from_token(cls, token: str) -> ActorId:
@@ -70,11 +70,21 @@ class ActorId:
 
     @property
     def token(self) -> str:
-        escaped = "".join(chr(b) if b in _PLAIN else f"={b:02X}" for b in self.key.encode())
+        if _PLAIN_KEY.fullmatch(self.key):
+            return f"{self.actor_type}={self.key}"
+        escaped = "".join(chr(b) if b in _PLAIN_BYTES else f"={b:02X}" for b in self.key.encode())
         return f"{self.actor_type}={escaped}"
 
     def __str__(self) -> str:
         return f"{self.actor_type}/{self.key}"
+
+
+@lru_cache(maxsize=IDS_RECALLED)
+def _parsed(text: str) -> ActorId:
+    actor_type, slash, key = text.partition("/")
+    if not slash:
+        raise InvalidInput(f"actor {shown(text)} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
+    return ActorId(actor_type, key)
 
 
 def shard_of(actor: ActorId, shards_total: int) -> int:
@@ -82,6 +92,7 @@ def shard_of(actor: ActorId, shards_total: int) -> int:
     return xxhash.xxh64_intdigest(str(actor).encode()) % shards_total
 
 
+@lru_cache(maxsize=1_024)  # it stands in every answer
 def check_node_id(text: str) -> NodeId:
     """Return `text` if it can name a node. Raises InvalidInput otherwise."""
     if not _NODE.fullmatch(text):

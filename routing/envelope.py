@@ -14,6 +14,7 @@ from routing.session_id import opened_at
 
 MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
 MAX_MESSAGE_ID_BYTES = 128
+SURROUNDING_BYTES = 4_096  # no command has more around its arguments, names escaped
 MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
 
@@ -54,12 +55,55 @@ class Answer:
     epoch: int = 0
 
 
-def encode_command(command: Command) -> bytes:
-    """Raises InvalidInput when the arguments are not JSON-like."""
+def new_command(
+    actor: ActorId, name: str, arguments: dict[str, Any], *, message_id: str, max_bytes: int, linearizable: bool = False
+) -> Command:
+    """A command as its node will read it, sharing nothing with the caller.
+
+    Raises InvalidInput, PayloadTooLarge for what no node could receive.
+    """
+    for what, value, kind in (("command", name, str), ("id", message_id, str), ("arguments", arguments, dict)):
+        if not isinstance(value, kind):
+            raise InvalidInput(f"{what!r} is {jsonlike.shown(value)}: must be of type {kind.__name__}")
+    _check_names(name, message_id)
     try:
-        return jsonlike.dumps(_document(command))
+        encoded = jsonlike.dumps(arguments, nesting=jsonlike.MAX_NESTING - 1) if arguments else b""
     except TypeError as error:
-        raise InvalidInput(f"arguments of {command.name!r} are not JSON-like: {error}") from error
+        raise InvalidInput(f"arguments of {name!r} are not JSON-like: {error}") from error
+    command = Command(
+        actor=actor, name=name, arguments=orjson.loads(encoded) if encoded else {}, message_id=message_id,
+        expires_ms=0, linearizable=linearizable,
+    )  # fmt: skip
+    if len(encoded) > max_bytes - SURROUNDING_BYTES:
+        _check_size(len(encode_command(command)), max_bytes)
+    return command
+
+
+def _check_names(name: str, message_id: str) -> None:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise InvalidInput(f"command {name[:40]!r}… of {len(name)} characters: use at most {MAX_NAME_CHARACTERS}")
+    try:
+        name.encode()
+        size = len(message_id.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"command {name[:40]!r} or its id is not valid text: use UTF-8") from error
+    if not 1 <= size <= MAX_MESSAGE_ID_BYTES:
+        raise InvalidInput(f"message id {message_id[:40]!r}: use 1 to {MAX_MESSAGE_ID_BYTES} bytes")
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise PayloadTooLarge(f"command of {size} bytes: the limit is {max_bytes} (FERRY_MAX_COMMAND_BYTES)")
+
+
+def encode_command(command: Command, *, epoch: int | None = None, expires_ms: int | None = None) -> bytes:
+    """A command that was made or read here; `epoch` and `expires_ms` take the place of its own."""
+    document = _document(command)
+    if epoch is not None:
+        document["epoch"] = epoch
+    if expires_ms is not None:
+        document["expires_ms"] = expires_ms
+    return orjson.dumps(document)
 
 
 def _document(command: Command) -> dict[str, Any]:
@@ -76,27 +120,23 @@ def _document(command: Command) -> dict[str, Any]:
 
 def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
-    if len(payload) > max_bytes:
-        raise PayloadTooLarge(f"command of {len(payload)} bytes: the limit is {max_bytes} (FERRY_MAX_COMMAND_BYTES)")
+    _check_size(len(payload), max_bytes)
     document = _object(payload, "command", nesting=jsonlike.MAX_NESTING)  # or it could not be forwarded
-    name = _field(document, "command", str)
-    if len(name) > MAX_NAME_CHARACTERS:
-        raise InvalidInput(f"command {name[:40]!r}… of {len(name)} characters: use at most {MAX_NAME_CHARACTERS}")
-    arguments = _field(document, "arguments", dict)
-    message_id = _field(document, "id", str)
-    if not 1 <= len(message_id.encode()) <= MAX_MESSAGE_ID_BYTES:
-        raise InvalidInput(f"message id {message_id[:40]!r}: use 1 to {MAX_MESSAGE_ID_BYTES} bytes")
+    name: str = _field(document, "command", str)
+    message_id: str = _field(document, "id", str)
+    _check_names(name, message_id)
+    plain = "session" not in document
     return Command(
         actor=ActorId.parse(_field(document, "actor", str)),
         name=name,
-        arguments=arguments,
+        arguments=_field(document, "arguments", dict),
         message_id=message_id,
         epoch=_count(document, "epoch"),
         hops=_count(document, "hops"),
         expires_ms=_count(document, "expires_ms"),
         session=_session(document),
-        number=_count(document, "number"),
-        after=_count(document, "after"),
+        number=0 if plain else _count(document, "number"),
+        after=0 if plain else _count(document, "after"),
         linearizable=document.get("linearizable") is True,
     )
 
@@ -154,6 +194,6 @@ def _field(document: dict[str, Any], name: str, kind: type) -> Any:
 
 def _count(document: dict[str, Any], name: str) -> int:
     value = document.get(name, 0)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if type(value) is not int or value < 0:  # a bool is an int as well
         raise InvalidInput(f"{name!r} must be a whole number, 0 or more")
     return value

@@ -15,13 +15,14 @@ import orjson
 # What arrives is forwarded, journalled and answered inside something larger. orjson reads 1024 levels and writes 254,
 # and Python runs out of stack while showing a few hundred: whatever is let in must also be able to go out again.
 MAX_NESTING = 128
+SMALL = 2**53  # an int below this is the same for every reader of JSON
 CARRIED = 8  # levels that a journal record or an answer puts around a value
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 _EXACT = frozenset({str, int, bool, type(None)})
 
 
-def dumps(value: Any, *, tuples: bool = True, sort_keys: bool = False) -> bytes:
+def dumps(value: Any, *, tuples: bool = True, sort_keys: bool = False, nesting: int = MAX_NESTING) -> bytes:
     """`value` as JSON. Raises TypeError for what JSON would lose or change.
 
     A tuple arrives as a list: taken in a message, whose receiver never saw the tuple; `tuples=False` refuses it where
@@ -29,8 +30,8 @@ def dumps(value: Any, *, tuples: bool = True, sort_keys: bool = False) -> bytes:
     """
     encoded = orjson.dumps(value, option=_OPTIONS | orjson.OPT_SORT_KEYS if sort_keys else _OPTIONS)
     _check(value, tuples)
-    if _too_deep(encoded, value, MAX_NESTING):
-        raise TypeError(f"nested more than {MAX_NESTING} deep")
+    if _too_deep(encoded, value, nesting):
+        raise TypeError(f"nested more than {nesting} deep")
     return encoded
 
 
@@ -50,7 +51,18 @@ def shown(value: Any, length: int = 80) -> str:
 
 def copy(value: Any) -> Any:
     """`value` as its receiver gets it: nothing is shared with the sender. Raises TypeError as `dumps` does."""
-    return orjson.loads(dumps(value))
+    return copies(value, 1)[0]
+
+
+def copies(value: Any, count: int) -> list[Any]:
+    """As many copies, none of which shares anything with another."""
+    kind = type(value)
+    if value is None or kind is bool or (kind is int and -SMALL < value < SMALL):
+        return [value] * count
+    encoded = dumps(value) if value or kind is not dict else b"{}"
+    if kind is dict and _EXACT.issuperset(map(type, value.values())):
+        return [value.copy() for _ in range(count)]
+    return [orjson.loads(encoded) for _ in range(count)]
 
 
 def _too_deep(text: bytes, value: Any, nesting: int) -> bool:

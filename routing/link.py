@@ -6,7 +6,7 @@ suite (tests/contract/) runs against both. Buckets are streams, so three stream 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +65,12 @@ class Link(Protocol):
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         """Send at most once. Raises Unavailable when not connected, PayloadTooLarge over the server's limit."""
 
+    def answer(self, reply: str, payload: bytes) -> None:
+        """Publish to somebody's reply subject, without waiting for anything.
+
+        Raises Unavailable when not connected or when too much waits to be sent, PayloadTooLarge.
+        """
+
     async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
         """Send and await one answer.
 
@@ -93,8 +99,11 @@ class Link(Protocol):
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
         """The subject's last message, read from the leader. None when there is none. Raises Timeout, Unavailable."""
 
-    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
-        """The message at `sequence`, read from the leader. None when it was removed. Raises Timeout, Unavailable."""
+    async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
+        """The messages at `sequences`, in that order, read from the leader all at once. None where one was removed.
+
+        Raises Timeout, Unavailable.
+        """
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> Subscription:
         """Deliver the last message of every subject matching `subject`, then every later one, in order per subject.

@@ -9,17 +9,22 @@ and makes a new one:
 
 Two more of its traps shape this file: `flush()` sends its ping *ahead* of what waits in the client's buffer, and a
 ping given up on kills the read loop when its pong comes late. So the barrier is a message to our own inbox.
+
+Questions and answers of one turn of the event loop travel together (routing/nats_packing.py). All that waits for an
+answer has one inbox, and one sweep for its deadlines: a timer for each would cost as much as the rest of a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import structlog
@@ -28,7 +33,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 
-from routing.errors import Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
+from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
+from routing.nats_packing import FRAME_BYTES, FRAME_MARK, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel, unpack
 
 log = structlog.get_logger("ferry.nats")
 
@@ -42,7 +48,10 @@ CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
 MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
 MAX_PENDING_BYTES = 2**30
+SWEEP_S = 0.05  # how late a deadline is noticed
+FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 NO_RESPONDERS = "503"
+_NO_SUBJECT = re.compile(r"\s|^$")  # what would end the protocol's line, or begin another
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +61,15 @@ class Registration:
     subject: str
     receive: Callable[[Msg], None]
     current: ClientSubscription | None = None
+
+
+class _Waiting(NamedTuple):
+    """Somebody who waits for an answer, until `deadline_s` on the loop's clock."""
+
+    future: asyncio.Future[bytes]
+    subject: str
+    deadline_s: float
+    timeout_s: float
 
 
 class NatsConnection:
@@ -73,9 +91,13 @@ class NatsConnection:
         self._client: Client | None = None
         self._died = asyncio.Event()
         self._tokens = itertools.count(1)
-        self._inbox_length = len(self.inbox) + 1
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
-        self._barriers: set[asyncio.Future[Msg]] = set()
+        self._answers = f"{self.inbox}{INBOX_MARK}"  # and a token behind it
+        self._waiting: dict[int, _Waiting] = {}
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._outbox = Outbox()
+        self._flushing: asyncio.Task[None] | None = None
+        self._frames: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # sent lately -> whose questions were in it
+        self._barriers: set[asyncio.Future[bytes]] = set()
         self._registrations: dict[Registration, None] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._endings: set[asyncio.Task[None]] = set()
@@ -118,9 +140,11 @@ class NatsConnection:
                 except Unavailable as error:
                     log.warning("closed without flushing", url=self.url, error=str(error))
             self._end(client)
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(Timeout("the link was closed while waiting for an answer"))
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(Timeout("the link was closed while waiting for an answer"))
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         if self._endings:
             await asyncio.wait(self._endings, timeout=2 * CLOSE_TIMEOUT_S)
 
@@ -196,6 +220,7 @@ class NatsConnection:
         discovered = [_with_secrets_of(self._servers[0], server.geturl()) for server in client.discovered_servers]
         self._servers = list(dict.fromkeys([*self._servers, *discovered]))
         self.max_payload = client.max_payload
+        self._outbox.frame_bytes = min(FRAME_BYTES, client.max_payload // 2)  # which leaves room for the heads
         self._client, self._died = client, died
 
     def _check_version(self, client: Client) -> None:
@@ -217,30 +242,73 @@ class NatsConnection:
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         client = self._attached()
-        if client.pending_data_size > MAX_UNSENT_BYTES:
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, BARRIER_TIMEOUT_S)
         await self._hand_over(client, subject, payload, reply, None)
 
-    async def request(
-        self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
-    ) -> Msg:
-        """The first answer. Raises Unavailable when certainly nobody got the question, Timeout when nobody answered."""
+    def answer(self, reply: str, payload: bytes) -> None:
+        """Publish to a reply subject without waiting. What is short leaves at the end of this turn, with others."""
         client = self._attached()
-        if client.pending_data_size > MAX_UNSENT_BYTES:
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+            raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
+        self._check_size(reply, len(payload))
+        inbox, mark, token = reply.rpartition(INBOX_MARK)
+        if mark and token.isdecimal() and len(token) < TOKEN_DIGITS and not _NO_SUBJECT.search(inbox):
+            self._pack(inbox + mark, int(token), payload)
+        else:
+            self._outbox.add_alone(reply, payload)
+            self._flush_soon()
+
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+        """Ask another link; the first answer. Leaves at the end of this turn, perhaps together with others.
+
+        Raises Unavailable when certainly nobody got the question, Timeout when nobody answered.
+        """
+        if len(payload) > PACKED_BYTES:
+            return await self.request_alone(subject, payload, timeout_s=timeout_s)
+        client = self._attached()
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token] = future
-        timer = self._loop.call_later(timeout_s, _expire, future, subject, timeout_s)
+        if _NO_SUBJECT.search(subject):
+            raise _translated(nats_errors.BadSubjectError(), subject, self.url)
+        token, future = self._expect(subject, timeout_s)
         try:
-            await self._hand_over(client, subject, payload, f"{self.inbox}.{token}", headers)
-            message = await future
+            if len(self._waiting) > 1:
+                self._pack(subject, token, payload)
+            else:  # whoever is alone gains nothing by waiting for company
+                await self._hand_over(client, subject, payload, f"{self._answers}{token}", None)
+            return await future
         finally:
-            timer.cancel()
             self._waiting.pop(token, None)
-        if message.headers is not None and message.headers.get("Status") == NO_RESPONDERS:
-            raise Unavailable(f"nobody listens on {subject}: is its node or stream there?")
-        return message
+
+    async def request_alone(
+        self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
+    ) -> bytes:
+        """As `request`, in a message of its own: what the server itself answers does not come in frames."""
+        client = self._attached()
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+            await self._barrier(client, timeout_s)
+        token, future = self._expect(subject, timeout_s)
+        try:
+            await self._hand_over(client, subject, payload, f"{self._answers}{token}", headers)
+            return await future
+        finally:
+            self._waiting.pop(token, None)
+
+    async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
+        """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
+        client = self._attached()
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+            await self._barrier(client, timeout_s)
+        expected = [self._expect(subject, timeout_s) for _ in payloads]
+        try:
+            for (token, _), payload in zip(expected, payloads, strict=True):
+                await self._hand_over(client, subject, payload, f"{self._answers}{token}", None)
+            return [await future for _, future in expected]
+        finally:
+            for token, future in expected:
+                self._waiting.pop(token, None)
+                future.cancel()  # harmless when it is there; when one fails, nobody looks at the others
 
     async def subscribe(self, subject: str, receive: Callable[[Msg], None]) -> Registration:
         """Returns once the server knows. Raises Unavailable when not connected."""
@@ -295,17 +363,23 @@ class NatsConnection:
     async def _hand_over(
         self, client: Client, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
     ) -> None:
-        size = len(payload) + _header_bytes(headers)
-        if size > self.max_payload:  # the server would close the connection, and nats-py counts no headers
-            raise PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
+        self._check_size(subject, len(payload) + _header_bytes(headers))  # nats-py counts no headers
         try:
             await client.publish(subject, payload, reply, headers)
         except nats_errors.Error as error:
             raise _translated(error, subject, self.url) from error
 
+    def _check_size(self, subject: str, size: int) -> None:
+        if size > self.max_payload:  # the server would close the connection
+            raise PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
+
+    def _unsent_bytes(self, client: Client) -> int:
+        return client.pending_data_size + self._outbox.waiting_bytes
+
     async def _register_on(self, client: Client, registration: Registration) -> None:
         async def deliver(message: Msg) -> None:
             self.guard(registration.subject, registration.receive, message)
+            await self._flush()  # answers given at once need not wait for the end of the turn
 
         subscription = await client.subscribe(
             registration.subject, cb=deliver,
@@ -318,24 +392,107 @@ class NatsConnection:
 
     async def _barrier(self, client: Client, timeout_s: float) -> None:
         """Return when the server has handled everything handed to `client` before. Raises Unavailable."""
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token] = future
+        await self._flush()
+        token, future = self._expect("the server", timeout_s)
         self._barriers.add(future)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.publish(f"{self.inbox}.{token}", b"")
+                await client.publish(f"{self._answers}{token}", b"")
                 await future
-        except (TimeoutError, nats_errors.Error) as error:
+        except (TimeoutError, Timeout, nats_errors.Error) as error:
             raise Unavailable(f"the NATS server at {self.url} took nothing for {timeout_s:g} s: try again") from error
         finally:
             self._barriers.discard(future)
             self._waiting.pop(token, None)
 
+    # -- messages that travel together -----------------------------------------------------------------------------
+    def _pack(self, subject: str, token: int, payload: bytes) -> None:
+        self._outbox.add(subject, token, payload)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush(), name="nats-flush")
+
+    async def _flush(self) -> None:
+        """Send what waits in the outbox. A connection that was lost in this very turn drops it, as its own buffer."""
+        for subject, parcel in self._outbox.take():
+            to, reply, asking = self._envelope(subject, parcel)
+            try:
+                if self._client is None:
+                    raise nats_errors.ConnectionClosedError
+                await self._client.publish(to, parcel.payload, reply)
+            except nats_errors.Error as error:
+                for token in asking:
+                    self._fail(token, _translated(error, subject, self.url))
+                log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
+
+    def _envelope(self, subject: str, parcel: Parcel) -> tuple[str, str, tuple[int, ...]]:
+        """(subject, reply, the tokens of the questions) of a parcel; an answer has neither of the latter."""
+        if not parcel.tokens:
+            return subject, "", ()
+        if subject.endswith(INBOX_MARK):
+            return (subject if parcel.is_frame else f"{subject}{parcel.tokens[0]}"), "", ()
+        reply = self._frame_of(parcel.tokens) if parcel.is_frame else f"{self._answers}{parcel.tokens[0]}"
+        return subject, reply, parcel.tokens
+
+    def _frame_of(self, tokens: tuple[int, ...]) -> str:
+        """The reply subject of a frame, where the server may say that nobody listens."""
+        frame = next(self._tokens)
+        self._frames[frame] = tokens
+        while len(self._frames) > FRAMES_REMEMBERED:
+            self._frames.popitem(last=False)
+        return f"{self.inbox}{FRAME_MARK}{frame}"
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+    def _expect(self, subject: str, timeout_s: float) -> tuple[int, asyncio.Future[bytes]]:
+        token, future = next(self._tokens), self._loop.create_future()
+        self._waiting[token] = _Waiting(future, subject, self._loop.time() + timeout_s, timeout_s)
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+        return token, future
+
+    def _sweep(self) -> None:
+        """End the waits whose deadline has passed."""
+        self._sweeping, now_s = None, self._loop.time()
+        for token, waiting in list(self._waiting.items()):
+            if waiting.deadline_s <= now_s:
+                self._fail(
+                    token, Timeout(f"no answer from {waiting.subject} within {waiting.timeout_s:g} s: try again")
+                )
+        if self._waiting:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+
     async def _on_answer(self, message: Msg) -> None:
-        future = self._waiting.pop(message.subject[self._inbox_length :], None)
-        if future is not None and not future.done():
-            future.set_result(message)
+        name = message.subject[len(self._answers) :]
+        try:
+            if message.headers is not None and message.headers.get("Status") == NO_RESPONDERS:
+                self._on_nobody(name)
+            elif name:
+                self._resolve(int(name), message.data)
+            else:
+                for token, payload in unpack(message.data):
+                    self._resolve(token, payload)
+        except (InvalidInput, ValueError) as error:
+            self.client_errors += 1
+            log.warning("answer ignored", subject=message.subject, error=str(error))
+
+    def _on_nobody(self, name: str) -> None:
+        tokens = self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),)
+        for token in tokens:
+            if token in self._waiting:
+                subject = self._waiting[token].subject
+                self._fail(token, Unavailable(f"nobody listens on {subject}: is its node or stream there?"))
+
+    def _resolve(self, token: int, payload: bytes) -> None:
+        waiting = self._waiting.pop(token, None)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_result(payload)
+
+    def _fail(self, token: int, error: Exception) -> None:
+        waiting = self._waiting.pop(token, None)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(error)
 
     def _on_error(self, error: Exception, *, quiet: bool) -> None:
         self._last_error = str(error) or type(error).__name__
@@ -362,12 +519,7 @@ async def _end_client(client: Client) -> None:
         log.debug("nats client did not close", error=f"{type(error).__name__}: {error}")
 
 
-def _expire(future: asyncio.Future[Msg], subject: str, timeout_s: float) -> None:
-    if not future.done():
-        future.set_exception(Timeout(f"no answer from {subject} within {timeout_s:g} s: try again"))
-
-
-def _translated(error: nats_errors.Error, subject: str, url: str) -> Exception:
+def _translated(error: nats_errors.Error, subject: str, url: str) -> FerryError:
     if isinstance(error, nats_errors.MaxPayloadError):
         return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
     if isinstance(error, nats_errors.BadSubjectError):

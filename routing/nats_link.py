@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from binascii import a2b_base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -26,6 +26,7 @@ from routing.errors import (
 )
 from routing.link import Entry, EntryHandler, Handler, Message, StreamSpec
 from routing.nats_connection import NatsConnection, Registration
+from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_watch import Watch
 
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
@@ -112,15 +113,25 @@ class NatsLink:
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         await self._connection.publish(subject, payload, reply=reply)
 
+    def answer(self, reply: str, payload: bytes) -> None:
+        self._connection.answer(reply, payload)
+
     async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
-        message = await self._connection.request(subject, payload, timeout_s=timeout_s)
-        return message.data
+        return await self._connection.request(subject, payload, timeout_s=timeout_s)
 
     async def subscribe(self, subject: str, handler: Handler) -> _LinkSubscription:
-        def receive(message: Msg) -> None:
-            handler(Message(subject=message.subject, payload=message.data, reply=message.reply))
+        connection = self._connection
 
-        return _LinkSubscription(self._connection, await self._connection.subscribe(subject, receive))
+        def receive(message: Msg) -> None:
+            inbox, frame, _ = message.reply.rpartition(FRAME_MARK)
+            if not frame:
+                handler(Message(subject=message.subject, payload=message.data, reply=message.reply))
+                return
+            for token, payload in unpack(message.data):
+                asked = Message(subject=message.subject, payload=payload, reply=f"{inbox}{INBOX_MARK}{token}")
+                connection.guard(subject, handler, asked)  # what one is to it must not cost the others
+
+        return _LinkSubscription(connection, await connection.subscribe(subject, receive))
 
     # -- streams ---------------------------------------------------------------------------------------------------
     async def append(
@@ -140,24 +151,26 @@ class NatsLink:
             headers["KV-Operation"] = "DEL"
             payload = b""
         try:
-            message = await self._connection.request(subject, payload, timeout_s=timeout_s, headers=headers or None)
+            acknowledged = await self._connection.request_alone(
+                subject, payload, timeout_s=timeout_s, headers=headers or None
+            )
         except Timeout as error:
             raise InDoubt(
                 f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message to learn the outcome"
             ) from error
         try:
-            answer = orjson.loads(message.data)
+            answer = orjson.loads(acknowledged)
             if "error" in answer:
                 raise _append_refused(subject, expected, answer["error"])
             return int(answer["seq"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InDoubt(f"unreadable acknowledgement {message.data[:80]!r} for {subject}: read again") from error
+            raise InDoubt(f"unreadable acknowledgement {acknowledged[:80]!r} for {subject}: read again") from error
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
-        return await self._stored(stream, {"last_by_subj": subject}, timeout_s)
+        return (await self._stored(stream, [{"last_by_subj": subject}], timeout_s))[0]
 
-    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
-        return await self._stored(stream, {"seq": sequence}, timeout_s)
+    async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
+        return await self._stored(stream, [{"seq": sequence} for sequence in sequences], timeout_s)
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _LinkWatch:
         watch = _LinkWatch(Watch(self._connection, stream, subject, handler), self._watches)
@@ -194,19 +207,15 @@ class NatsLink:
             await watch.stop()
         await self._connection.close()
 
-    async def _stored(self, stream: str, which: dict[str, Any], timeout_s: float) -> Entry | None:
-        answer = await self._ask(f"STREAM.MSG.GET.{stream}", which, timeout_s)
-        error = answer.get("error")
-        if error is None:
-            return _entry(answer["message"])
-        if error.get("err_code") == _NO_MESSAGE:
-            return None
-        raise Unavailable(f"stream {stream} cannot be read: {_said(error)}: start a node, or check FERRY_CLUSTER")
+    async def _stored(self, stream: str, which: Sequence[dict[str, Any]], timeout_s: float) -> list[Entry | None]:
+        questions = [orjson.dumps(one) for one in which]
+        answers = await self._connection.request_all(f"$JS.API.STREAM.MSG.GET.{stream}", questions, timeout_s=timeout_s)
+        return [_stored_entry(stream, answer) for answer in answers]
 
     async def _ask(self, verb: str, document: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         payload = orjson.dumps(document) if document is not None else b""
-        message = await self._connection.request(f"$JS.API.{verb}", payload, timeout_s=timeout_s)
-        answer: dict[str, Any] = orjson.loads(message.data)
+        answered = await self._connection.request_alone(f"$JS.API.{verb}", payload, timeout_s=timeout_s)
+        answer: dict[str, Any] = orjson.loads(answered)
         return answer
 
 
@@ -236,14 +245,14 @@ class _LinkWatch:
 async def _check_jetstream(connection: NatsConnection, timeout_s: float) -> None:
     mend = f"enable JetStream on the NATS server at {connection.url} (nats-server -js -sd DIRECTORY) for this account"
     try:
-        message = await connection.request("$JS.API.INFO", b"", timeout_s=timeout_s)
+        answered = await connection.request_alone("$JS.API.INFO", b"", timeout_s=timeout_s)
     except Unavailable as error:
         if not connection.connected:
             raise
         raise Incompatible(f"NATS server {connection.server_version} has no JetStream: {mend}") from error
     except Timeout as error:
         raise Unavailable(f"JetStream at {connection.url} does not answer within {timeout_s:g} s: try again") from error
-    refusal = orjson.loads(message.data).get("error")
+    refusal = orjson.loads(answered).get("error")
     if refusal is not None and refusal.get("err_code") == _NOT_SERVED[0]:
         raise Unavailable(f"JetStream at {connection.url} has no leader yet: try again")
     if refusal is not None:
@@ -286,6 +295,16 @@ def _stream_config(spec: StreamSpec) -> dict[str, Any]:
         config["allow_msg_ttl"] = True
         config["subject_delete_marker_ttl"] = MARKER_TTL_S * _NANOSECONDS
     return config | spec.extra
+
+
+def _stored_entry(stream: str, answered: bytes) -> Entry | None:
+    answer = orjson.loads(answered)
+    error = answer.get("error")
+    if error is None:
+        return _entry(answer["message"])
+    if error.get("err_code") == _NO_MESSAGE:
+        return None
+    raise Unavailable(f"stream {stream} cannot be read: {_said(error)}: start a node, or check FERRY_CLUSTER")
 
 
 def _entry(message: dict[str, Any]) -> Entry:

@@ -114,11 +114,11 @@ class _Round:
             "inactive_threshold": int(INACTIVE_S * _NANOSECONDS),
         }
         self._created = True  # from here on it may exist, whatever the answer says
-        message = await self._connection.request(
+        answered = await self._connection.request_alone(
             f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._subject}",
             orjson.dumps({"stream_name": self._stream, "config": config, "action": "create"}), timeout_s=timeout_s,
         )  # fmt: skip
-        answer = orjson.loads(message.data)
+        answer = orjson.loads(answered)
         if "error" in answer:
             error = answer["error"]
             raise Unavailable(
@@ -139,7 +139,7 @@ class _Round:
         if not created:
             return
         try:
-            await self._connection.request(
+            await self._connection.request_alone(
                 f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}", b"", timeout_s=DELETE_TIMEOUT_S
             )
         except (Timeout, Unavailable) as error:

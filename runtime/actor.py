@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import orjson
 from marshmallow import Schema
 
 from routing import jsonlike
@@ -50,6 +49,7 @@ __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
+UNFINISHED = object()
 
 
 def command(function: F) -> F:
@@ -78,9 +78,30 @@ class Handler:
     kind: str
     function: Callable[..., Any]
     signature: inspect.Signature
+    required: frozenset[str] = frozenset()
+    known: frozenset[str] | None = None  # None: whatever is given, or not so simple to tell
+    is_async: bool = False
+
+    @classmethod
+    def of(cls, name: str, kind: str, function: Callable[..., Any]) -> Handler:
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[1:]
+        simple = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
+        return cls(
+            name, kind, function, signature.replace(parameters=parameters),
+            required=frozenset(p.name for p in parameters if p.default is p.empty),
+            known=frozenset(p.name for p in parameters) if simple else None,
+            is_async=inspect.iscoroutinefunction(function),
+        )  # fmt: skip
+
+    def fits(self, arguments: dict[str, Any]) -> bool:
+        """Whether these arguments certainly fit the signature; `check` knows for sure."""
+        return self.known is not None and self.required <= arguments.keys() <= self.known
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raises InvalidInput when the arguments do not fit the signature."""
+        if self.fits(arguments):
+            return
         try:
             self.signature.bind(**arguments)
         except TypeError as error:
@@ -115,9 +136,7 @@ class Actor:
                 continue
             if kind == "event" and inspect.iscoroutinefunction(function):
                 raise InvalidInput(f"{cls.__name__}.{name}: an @event must not be async, for it is replayed")
-            signature = inspect.signature(function)
-            parameters = list(signature.parameters.values())[1:]
-            handlers[name] = Handler(name, kind, function, signature.replace(parameters=parameters))
+            handlers[name] = Handler.of(name, kind, function)
         cls.handlers = handlers
 
     def emit(self, event_name: str, /, **values: Any) -> None:
@@ -130,18 +149,18 @@ class Actor:
         if self._emitted is None:
             raise InvalidInput(f"emit({event_name!r}) outside a @command: a @query only reads, an @event only applies")
         try:
-            encoded = jsonlike.dumps(values)
+            applied, recorded = jsonlike.copies(values, 2)
         except TypeError as error:
             raise InvalidInput(f"event {event_name!r} has a value that is not JSON-like: {error}") from error
         emitted, self._emitted = self._emitted, None  # an event that emits would do so again on every replay
         try:
-            self.apply(event_name, orjson.loads(encoded))
+            self.apply(event_name, applied)
         except Exception as error:
             self._spoiled = error  # half applied: even a command that catches this must not be journalled
             raise
         finally:
             self._emitted = emitted
-        emitted.append([event_name, orjson.loads(encoded)])
+        emitted.append([event_name, recorded])
 
     def apply(self, event_name: str, values: dict[str, Any]) -> None:
         """Run the @event handler. Raises StateNotPortable when this class does not know the event."""
@@ -221,15 +240,29 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     them and must be discarded. The handler gets a copy of the arguments, for a command is decided again when its append
     fails. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
     """
-    if instance._emitted is not None:
-        raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
-    instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
+    _begin(instance, handler, emitted)
     try:
         result = handler.function(instance, **jsonlike.copy(arguments))
-        if inspect.isawaitable(result):
+        if handler.is_async or inspect.isawaitable(result):
             result = await result
     finally:
         instance._emitted = None
     if instance._spoiled is not None:
         raise HandlerFailed(f"{handler.name} went on after one of its events had failed") from instance._spoiled
     return jsonlike.copy(result)
+
+
+def run_query(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
+    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does."""
+    _begin(instance, handler, [])
+    result = handler.function(instance, **jsonlike.copy(arguments))
+    if inspect.iscoroutine(result):
+        result.close()
+        return UNFINISHED
+    return UNFINISHED if inspect.isawaitable(result) else jsonlike.copy(result)
+
+
+def _begin(instance: Actor, handler: Handler, emitted: list[list[Any]]) -> None:
+    if instance._emitted is not None:
+        raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
+    instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from routing.envelope import Answer, Command, encode_answer
 from routing.errors import HandlerFailed
-from routing.link import Link
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,15 +22,15 @@ class Delivery:
     reply: str = ""
     future: asyncio.Future[Answer] | None = field(default=None, repr=False)
 
-    async def answer(self, link: Link, answer: Answer) -> None:
-        """Raises Unavailable when the link is down; the caller will ask again under the same message id."""
-        if self.future is not None:
-            if not self.future.done():
-                self.future.set_result(answer)
-        elif self.reply:
-            try:
-                payload = encode_answer(answer)
-            except TypeError:
-                problem = f"{self.command.name!r} of {self.command.actor} answered with a value that is not JSON-like"
-                payload = encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))
-            await link.publish(self.reply, payload)
+    def answer_here(self, answer: Answer) -> None:
+        """Tell whoever waits in this very process."""
+        if self.future is not None and not self.future.done():
+            self.future.set_result(answer)
+
+    def encoded(self, answer: Answer) -> bytes:
+        """The answer for whoever waits elsewhere."""
+        try:
+            return encode_answer(answer)
+        except TypeError:
+            problem = f"{self.command.name!r} of {self.command.actor} answered with a value that is not JSON-like"
+            return encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))

@@ -95,10 +95,12 @@ class Host:
                 self._send_on(name, delivery)
                 return
         try:
-            if unit.state is UnitState.OPEN:
-                self._mailboxes.put(unit, delivery)
-            else:
+            if unit.state is not UnitState.OPEN:
                 unit.buffer.add(delivery)
+            elif (answer := self._mailboxes.answer_now(unit, delivery.command)) is not None:
+                self.answer(delivery, answer)
+            else:
+                self._mailboxes.put(unit, delivery)
         except Busy as error:
             self.counters["refused_busy"] += 1
             self.answer(delivery, Answer(error=error, owner=self.node_id, epoch=unit.epoch))
@@ -113,6 +115,13 @@ class Host:
     def serves(self, unit: str) -> bool:
         """Whether a command for `unit` goes to this host without a network hop."""
         return unit in self.units
+
+    def answer_now(self, command: Command) -> Answer | None:
+        """The answer to a query of this very process that needs nothing to be waited for; None: `ask` it."""
+        unit = self.units.get(self._directory.unit_of(command.actor))
+        if unit is None or unit.state is not UnitState.OPEN:
+            return None
+        return self._mailboxes.answer_now(unit, command)
 
     async def ask(self, command: Command) -> Answer:
         """Deliver a command of this very process and await its answer. The caller sets the deadline."""
@@ -281,7 +290,13 @@ class Host:
 
     # -- sending -----------------------------------------------------------------------------------------------------
     def answer(self, delivery: Delivery, answer: Answer) -> None:
-        self._post(delivery.answer(self._link, answer))
+        if delivery.future is not None:
+            delivery.answer_here(answer)
+        elif delivery.reply:
+            try:
+                self._link.answer(delivery.reply, delivery.encoded(answer))
+            except FerryError as error:
+                self._unsent(error)
 
     def send_on(self, delivery: Delivery) -> None:
         """Give a delivery that this node can no longer serve to whoever can."""
@@ -316,11 +331,14 @@ class Host:
                 try:
                     await self._outbox.popleft()
                 except (Unavailable, Timeout, PermanentError) as error:
-                    # Whoever waits asks again under the same message id.
-                    self.counters["unsent"] += 1
-                    log.warning("not sent", error=str(error))
+                    self._unsent(error)
         finally:
             self._sending = False
+
+    def _unsent(self, error: FerryError) -> None:
+        """Whoever waits asks again under the same message id."""
+        self.counters["unsent"] += 1
+        log.warning("not sent", error=str(error))
 
     # -- the map, for others -----------------------------------------------------------------------------------------
     async def refresh(self, unit: str) -> None:

@@ -12,7 +12,6 @@ names: its cost does not depend on how much else is in the stream, as replaying 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, assert_never
@@ -99,9 +98,7 @@ class Journal:
             if last is None:
                 return History(version=0, epoch=0, records=())
             record = decode_record(last.payload)
-            earlier = await asyncio.gather(
-                *(self._link.read(stream, sequence, timeout_s=self._timeout_s) for sequence in record.trail)
-            )
+            earlier = await self._link.read(stream, record.trail, timeout_s=self._timeout_s)
             present = [entry for entry in earlier if entry is not None]
             if len(present) == len(earlier):
                 records = [(entry.sequence, decode_record(entry.payload)) for entry in present]
@@ -119,9 +116,7 @@ class Journal:
             return None
         stream = self._subjects.log_of(shard_of(actor, self._shards_total))
         between = [sequence for sequence in last.trail if sequence > version]
-        entries = await asyncio.gather(
-            *(self._link.read(stream, sequence, timeout_s=self._timeout_s) for sequence in between)
-        )
+        entries = await self._link.read(stream, between, timeout_s=self._timeout_s)
         records = [(entry.sequence, decode_record(entry.payload)) for entry in entries if entry is not None]
         if len(records) < len(between):
             return None

@@ -68,6 +68,25 @@ class Mailboxes:
     def attach(self, host: Host) -> None:
         self._host = host
 
+    def answer_now(self, unit: Unit, command: Command) -> Answer | None:
+        """The answer to a plain query of an actor at rest in an open unit; None when anything has to be waited for.
+
+        It is what the mailbox would answer, without a task and a turn of the event loop for it.
+        """
+        live = unit.actors.get(command.actor)
+        if live is None or live.running or live.dirty or live.unverified or live.inbox:
+            return None
+        if command.linearizable or command.session or rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
+            return None
+        handler = self._classes.get(command.actor.actor_type).handlers.get(command.name)
+        if handler is None or handler.kind != "query" or handler.is_async or not handler.fits(command.arguments):
+            return None
+        if not self._may_serve() or self._host.expired(command):
+            return None
+        live.used_at_s = self._clock()
+        answer = live.ask_now(handler, command)
+        return None if answer is None else self._stamped(unit, command, answer)
+
     def put(self, unit: Unit, delivery: Delivery) -> None:
         """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""
         actor_id = delivery.command.actor
@@ -389,8 +408,11 @@ class Mailboxes:
             self._host.counters["snapshots"] += 1
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
-        stamped = Answer(value=answer.value, error=answer.error, owner=self._host.node_id, epoch=unit.epoch)
-        self._host.answer(delivery, stamped)
+        self._host.answer(delivery, self._stamped(unit, delivery.command, answer))
+
+    def _stamped(self, unit: Unit, command: Command, answer: Answer) -> Answer:
+        """What this node tells the sender of `command`; everything it says for an actor goes through here."""
+        return Answer(value=answer.value, error=answer.error, owner=self._host.node_id, epoch=unit.epoch)
 
 
 def _expired(live: LiveActor, floor: int) -> SessionExpired:

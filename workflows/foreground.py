@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -18,6 +19,10 @@ log = structlog.get_logger("ferry.process")
 PATIENCE_S = 30.0  # everything is started at once after a reboot; longer would hide a wrong FERRY_NATS_URL
 RETRY_S = 0.5
 
+# Objects made before the youngest generation is looked at, and so many looks before the next one is. Python's own are
+# 700, 10, 10; larger ones hold memory in circles for longer, of which a node makes next to none.
+GC_YOUNG, GC_MIDDLE, GC_OLD = 20_000, 20, 50
+
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -26,8 +31,20 @@ def run_until_stopped(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]
 
     Being killed is safe at any point, it only costs the failover time. What `serve` raises rises.
     """
+    _collect_less_often()
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(_serve_with_signals(serve))
+
+
+def _collect_less_often() -> None:
+    """Leave what is loaded by now out of garbage collections, and let them come more rarely.
+
+    Live actors are many long-lived objects: by default each full look at a hundred thousand of them stops the process
+    for tens of milliseconds, and the small ones took 8 % of the time of a command when measured.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_YOUNG, GC_MIDDLE, GC_OLD)
 
 
 async def _serve_with_signals(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:

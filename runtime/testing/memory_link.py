@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,6 +97,12 @@ class MemoryLink:
 
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
+        self._publish(subject, payload, reply)
+
+    def answer(self, reply: str, payload: bytes) -> None:
+        self._publish(reply, payload, "")
+
+    def _publish(self, subject: str, payload: bytes, reply: str) -> None:
         self._check(subject, payload)
         message = Message(subject=subject, payload=payload, reply=reply)
         self._send(self._fate("publish", subject), partial(self._server.route, message), message=True)
@@ -156,11 +162,14 @@ class MemoryLink:
 
         return await self._call(fate, subject, look, timeout_s)
 
-    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
-        def look() -> Entry | None:
+    async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
+        """Each is a question of its own, as with the real one: they may see different moments of the stream."""
+
+        def look(sequence: int) -> Entry | None:
             return self._server.stream(stream).entries.get(sequence)
 
-        return await self._call(self._fate("read", stream), stream, look, timeout_s)
+        asked = (self._call(self._fate("read", stream), stream, partial(look, one), timeout_s) for one in sequences)
+        return await asyncio.gather(*asked)
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _MemoryWatch:
         watch = _MemoryWatch(self, self._server, stream, subject, handler)

@@ -226,7 +226,7 @@ class TestStreams:
                 await bob.append("ev.a", b"no", expected=stale, timeout_s=WAIT_S)
         third = await bob.append("ev.a", b"3", expected=None, timeout_s=WAIT_S)
 
-        stored = [await alice.read("journal", n, timeout_s=WAIT_S) for n in (first, second, third)]
+        stored = await alice.read("journal", [first, second, third], timeout_s=WAIT_S)
         assert stored == [
             Entry(sequence=first, subject="ev.a", payload=b"1"),
             Entry(sequence=second, subject="ev.a", payload=b"2"),
@@ -258,9 +258,9 @@ class TestStreams:
             await alice.append("ev.a", b"no", expected=first, timeout_s=WAIT_S, rollup=True)
         snapshot = await alice.append("ev.a", b"all", expected=second, timeout_s=WAIT_S, rollup=True)
 
-        assert await alice.read("journal", first, timeout_s=WAIT_S) is None
-        assert await alice.read("journal", second, timeout_s=WAIT_S) is None
-        assert await alice.read("journal", other, timeout_s=WAIT_S) is not None
+        gone, also_gone, left = await alice.read("journal", [first, second, other], timeout_s=WAIT_S)
+        assert (gone, also_gone) == (None, None)
+        assert left is not None
         last = await alice.last("journal", "ev.a", timeout_s=WAIT_S)
         assert last == Entry(sequence=snapshot, subject="ev.a", payload=b"all")
         assert await alice.append("ev.a", b"3", expected=snapshot, timeout_s=WAIT_S) == snapshot + 1
@@ -273,7 +273,7 @@ class TestStreams:
         first = await alice.append("$KV.map.a", b"1", expected=0, timeout_s=WAIT_S)
         second = await alice.append("$KV.map.a", b"2", expected=first, timeout_s=WAIT_S)
 
-        assert await alice.read("KV_map", first, timeout_s=WAIT_S) is None
+        assert await alice.read("KV_map", [first], timeout_s=WAIT_S) == [None]
         last = await alice.last("KV_map", "$KV.map.a", timeout_s=WAIT_S)
         assert last == Entry(sequence=second, subject="$KV.map.a", payload=b"2")
 
@@ -283,11 +283,11 @@ class TestStreams:
         await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
 
         assert await alice.last("journal", "ev.a", timeout_s=WAIT_S) is None
-        assert await alice.read("journal", 7, timeout_s=WAIT_S) is None
+        assert await alice.read("journal", [7], timeout_s=WAIT_S) == [None]
         with pytest.raises(Unavailable):
             await alice.last("missing", "ev.a", timeout_s=WAIT_S)
         with pytest.raises(Unavailable):
-            await alice.read("missing", 1, timeout_s=WAIT_S)
+            await alice.read("missing", [1], timeout_s=WAIT_S)
         with pytest.raises(Unavailable):
             await alice.watch("missing", ">", lambda entry: None, timeout_s=WAIT_S)
         with pytest.raises(Unavailable):

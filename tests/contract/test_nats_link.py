@@ -14,7 +14,7 @@ import psutil
 import pytest
 from nats.aio.client import Client
 
-from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Unavailable
+from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Timeout, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from routing.nats_link import NatsLink
 
@@ -364,3 +364,104 @@ async def test_more_replicas_than_servers_are_incompatible(nats_server: NatsServ
 
     with pytest.raises(Incompatible, match="replicas"):
         await link.ensure_stream(StreamSpec(name="r3", subjects=("r3.>",), replicas=3), timeout_s=WAIT_S)
+
+
+async def test_questions_of_one_moment_travel_together_and_so_do_their_answers(
+    nats_server: NatsServer, admin: Client
+) -> None:
+    """Property: many requests at once are few NATS messages, and each gets its own answer."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    await bob.subscribe("echo", lambda message: bob.answer(message.reply, b"re: " + message.payload))
+    seen: list[str] = []
+
+    async def note(message: Any) -> None:
+        seen.append(message.subject)
+
+    await admin.subscribe("echo", cb=note)
+    await admin.flush()
+
+    answers = await asyncio.gather(*(alice.request("echo", b"%d" % n, timeout_s=WAIT_S) for n in range(100)))
+    await admin.flush()
+
+    assert answers == [b"re: %d" % n for n in range(100)]
+    assert len(seen) <= 5
+
+
+async def test_questions_that_travel_together_all_hear_that_nobody_listens(nats_server: NatsServer) -> None:
+    """Property: the server refuses a frame once; everybody in it is told at once."""
+    link = await nats_server.link("test")
+
+    outcomes = await asyncio.gather(
+        *(link.request("nobody", b"", timeout_s=3_600) for _ in range(20)), return_exceptions=True
+    )
+
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 20
+
+
+async def test_one_handler_that_fails_costs_the_others_of_its_frame_nothing(nats_server: NatsServer) -> None:
+    """Property: what one message is to a handler must not lose those that came with it."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+
+    def answer(message: Message) -> None:
+        if message.payload == b"3":
+            raise ValueError("a bug")
+        bob.answer(message.reply, message.payload)
+
+    await bob.subscribe("echo", answer)
+
+    outcomes = await asyncio.gather(
+        *(alice.request("echo", b"%d" % n, timeout_s=1.0) for n in range(10)), return_exceptions=True
+    )
+
+    assert [n for n, outcome in enumerate(outcomes) if outcome != b"%d" % n] == [3]
+    assert isinstance(outcomes[3], Timeout)
+    assert bob.handler_errors == 1
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x00", b"garbage", bytes(11), b"\xff" * 40])
+async def test_a_damaged_frame_is_counted_and_the_subscription_lives_on(
+    nats_server: NatsServer, admin: Client, frame: bytes
+) -> None:
+    """Property: garbage shaped like a frame, as a question or as an answer, costs nobody else anything."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    inboxes: list[str] = []
+
+    def answer(message: Message) -> None:
+        inboxes.append(message.reply.rpartition(".")[0])
+        bob.answer(message.reply, b"here")
+
+    await bob.subscribe("echo", answer)
+    await alice.request("echo", b"", timeout_s=WAIT_S)
+
+    await admin.publish("echo", frame, reply="anywhere.~f1")
+    await admin.publish(f"{inboxes[0]}.~", frame)
+    await admin.publish(f"{inboxes[0]}.~not-a-token", frame)
+    await admin.flush()
+
+    assert await alice.request("echo", b"", timeout_s=WAIT_S) == b"here"
+    assert bob.handler_errors == (0 if frame == b"" else 1)
+    assert alice.client_errors >= 1
+
+
+async def test_somebody_who_knows_no_frames_is_answered_as_ever(nats_server: NatsServer, admin: Client) -> None:
+    """Property: an operator's own request gets a plain answer."""
+    bob = await nats_server.link("bob")
+    await bob.subscribe("echo", lambda message: bob.answer(message.reply, b"re: " + message.payload))
+
+    answer = await admin.request("echo", b"hello", timeout=WAIT_S)
+
+    assert answer.data == b"re: hello"
+
+
+async def test_answers_are_refused_while_the_server_takes_nothing(nats_server: NatsServer, proxy: Proxy) -> None:
+    """Property: answering never waits, so it has to say no before memory fills up."""
+    alice = await NatsLink.connect(await proxy.start(), name="alice")
+
+    proxy.stall()
+    with pytest.raises(Unavailable):
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                alice.answer("somebody", bytes(250_000))
+                await asyncio.sleep(0)
+
+    await alice.close()

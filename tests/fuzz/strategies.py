@@ -178,8 +178,8 @@ def _record(value: Record) -> Record:
     common = {name: getattr(value, name) for name in ("kind", "epoch", "incarnation", "trail", *kept)}
     if value.kind is Kind.REJECTION:
         common["error"] = errors.to_wire(errors.Rejected("no"))
-    if "session" in common and not common["session"]:
-        common["number"] = 0
+    if "session" in common:  # its commands are numbered from 1
+        common["number"] = max(1, value.number) if common["session"] else 0
     if value.kind is Kind.SNAPSHOT and value.frame is None:
         common["frame"] = Frame(schema=1, codec="raw", state_bytes=0, digest=digest_of(b""), body=b"")
     return Record(**common)

@@ -389,7 +389,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="S1",
-        seed=122,
+        seed=138,
         rule="a lock that no pause follows is aborted by its source",
         patches=_s1,
         profile=replace(_TASKS_FAIL, tasks_lost=0.3, lost=0.1, lost_answer=0.1),

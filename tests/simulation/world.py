@@ -23,10 +23,9 @@ from unittest import mock
 from routing import control
 from routing.address import ActorId
 from routing.control import COORDINATOR
-from routing.envelope import Answer
+from routing.envelope import Answer, Command
 from routing.errors import FerryError, OutOfOrder, Quarantined, Rejected
 from routing.settings import Settings
-from runtime.delivery import Delivery
 from runtime.mailbox import Mailboxes
 from runtime.testing import MemoryNats
 from runtime.testing.virtual_time import VirtualTimeLoop
@@ -166,19 +165,19 @@ class World:
     # -- a schedule --------------------------------------------------------------------------------------------------
     def run(self) -> Result:
         """Play the whole schedule on a loop of its own, and judge it."""
-        answer, chronicle = Mailboxes._answer, self.chronicle
+        stamped, chronicle = Mailboxes._stamped, self.chronicle
 
-        def answering(mailboxes: Mailboxes, unit: Unit, delivery: Delivery, told: Answer) -> None:
-            actor = delivery.command.actor
+        def stamping(mailboxes: Mailboxes, unit: Unit, command: Command, told: Answer) -> Answer:
+            actor = command.actor
             live = unit.actors.get(actor)
             if live is not None and (told.error is None or isinstance(told.error, Rejected | OutOfOrder)):
                 what = type(told.error).__name__ if told.error is not None else "a value"
                 chronicle.on_answer(str(actor), unit.name, unit.epoch, mailboxes._incarnation, live.version, what)
-            answer(mailboxes, unit, delivery, told)
+            return stamped(mailboxes, unit, command, told)
 
         with (
             mock.patch.object(uuid, "uuid4", _uuids(Random(self.chance.random()))),
-            mock.patch.object(Mailboxes, "_answer", answering),
+            mock.patch.object(Mailboxes, "_stamped", stamping),
         ):
             asyncio.set_event_loop(None)
             try:

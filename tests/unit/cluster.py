@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,12 +322,15 @@ class ForgetfulLink:
         entry, kept = await self._link.last(stream, subject, timeout_s=timeout_s), self._kept(subject)
         if entry is None or kept is None or entry.sequence <= kept:
             return entry
-        return await self._link.read(stream, kept, timeout_s=timeout_s) if kept else None
+        return (await self._link.read(stream, [kept], timeout_s=timeout_s))[0] if kept else None
 
-    async def read(self, stream: str, sequence: int, *, timeout_s: float) -> Entry | None:
-        entry = await self._link.read(stream, sequence, timeout_s=timeout_s)
-        kept = self._kept(entry.subject) if entry else None
-        return None if kept is not None and sequence > kept else entry
+    async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
+        stored = await self._link.read(stream, sequences, timeout_s=timeout_s)
+        return [entry if entry is not None and not self._lost(entry) else None for entry in stored]
+
+    def _lost(self, entry: Entry) -> bool:
+        kept = self._kept(entry.subject)
+        return kept is not None and entry.sequence > kept
 
     async def append(self, subject: str, payload: bytes, *, expected: int | None, timeout_s: float, **more: Any) -> int:
         kept = self._kept(subject)

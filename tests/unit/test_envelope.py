@@ -25,6 +25,7 @@ from routing.envelope import (
     decode_command,
     encode_answer,
     encode_command,
+    new_command,
 )
 from routing.errors import Busy, FerryError, InvalidInput, Moved, PayloadTooLarge, Rejected
 
@@ -251,7 +252,43 @@ def test_every_wrong_field_of_a_request_is_named() -> None:
 def test_arguments_that_json_would_change_or_lose_are_refused(value: Any) -> None:
     """An argument that arrives as something else than was sent is a silent corruption: nan would become None."""
     with pytest.raises(InvalidInput, match="add"):
-        encode_command(command(arguments={"x": value}))
+        new_command(ActorId("cart", "7"), "add", {"x": value}, message_id="m", max_bytes=MAX_BYTES)
+
+
+@given(size=st.integers(0, 400), spare=st.integers(-3, 3))
+def test_a_command_is_refused_before_it_is_sent_when_no_node_could_receive_it(size: int, spare: int) -> None:
+    """Whatever is around the arguments counts: the limit is the same as where it is read."""
+    arguments = {"x": "y" * size}
+    limit = len(encode_command(command(arguments=arguments, expires_ms=0))) + spare
+
+    if spare < 0:
+        with pytest.raises(PayloadTooLarge):
+            new_command(ActorId("cart", "7"), "add", arguments, message_id="m-1", max_bytes=limit)
+    else:
+        assert (
+            new_command(ActorId("cart", "7"), "add", arguments, message_id="m-1", max_bytes=limit).arguments
+            == arguments
+        )
+
+
+def test_a_command_shares_nothing_with_its_caller() -> None:
+    """What the caller changes afterwards must not change what is sent again."""
+    arguments: dict[str, Any] = {"legs": [1, 2], "note": "x"}
+    made = new_command(ActorId("cart", "7"), "add", arguments, message_id="m-1", max_bytes=MAX_BYTES)
+
+    arguments["legs"].append(3)
+    arguments["note"] = "y"
+
+    assert made.arguments == {"legs": [1, 2], "note": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message_id"), [(1, "m"), ("add", 1), ("\ud800", "m"), ("add", "\ud800"), ("x" * 201, "m")]
+)
+def test_names_that_no_node_would_take_are_refused_before_they_are_sent(name: Any, message_id: Any) -> None:
+    """A local actor refuses what a remote one would."""
+    with pytest.raises(InvalidInput):
+        new_command(ActorId("cart", "7"), name, {}, message_id=message_id, max_bytes=MAX_BYTES)
 
 
 def test_a_command_over_the_limit_is_refused_before_it_is_read() -> None:

@@ -446,10 +446,14 @@ class Here:
 
     def __init__(self, answer: Callable[[Command], Awaitable[Answer]]) -> None:
         self.answer = answer
+        self.now: Answer | None = None
         self.asked: list[Command] = []
 
     def serves(self, unit: str) -> bool:
         return unit == UNIT
+
+    def answer_now(self, command: Command) -> Answer | None:
+        return self.now
 
     def ask(self, command: Command) -> Awaitable[Answer]:
         self.asked.append(command)
@@ -478,6 +482,31 @@ async def test_a_local_actor_is_asked_without_the_network() -> None:
 
     assert peers.heard == []
     assert [command.message_id for command in here.asked] == ["m-1"]
+
+
+@virtually
+async def test_a_local_answer_that_is_there_at_once_is_taken_and_others_get_their_turn() -> None:
+    """It needs no wait; a caller that asks in a loop must not keep the process from everything else."""
+
+    async def answer(_command: Command) -> Answer:
+        raise AssertionError
+
+    _, here, router = await local_router(answer)
+    here.now = Answer(value=[1], owner="a", epoch=1)
+    asked = 0
+
+    async def ask_for_ever() -> None:
+        nonlocal asked
+        while True:
+            assert await router.send_message(ACTOR, "add") == [1]
+            asked += 1
+
+    asking = asyncio.create_task(ask_for_ever())
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    assert asked > 0
+    asking.cancel()
 
 
 @virtually
