@@ -62,9 +62,9 @@ def new_command(
 
     Raises InvalidInput, PayloadTooLarge for what no node could receive.
     """
-    for what, value, kind in (("command", name, str), ("id", message_id, str), ("arguments", arguments, dict)):
-        if not isinstance(value, kind):
-            raise InvalidInput(f"{what!r} is {jsonlike.shown(value)}: must be of type {kind.__name__}")
+    if not (isinstance(name, str) and isinstance(message_id, str) and isinstance(arguments, dict)):
+        given = jsonlike.shown((name, message_id, arguments))
+        raise InvalidInput(f"name, message id and arguments of a command are {given}: must be text, text and a dict")
     _check_names(name, message_id)
     try:
         encoded = jsonlike.dumps(arguments, nesting=jsonlike.MAX_NESTING - 1) if arguments else b""

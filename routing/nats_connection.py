@@ -253,7 +253,7 @@ class NatsConnection:
             raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
         self._check_size(reply, len(payload))
         inbox, mark, token = reply.rpartition(INBOX_MARK)
-        if mark and token.isdecimal() and len(token) < TOKEN_DIGITS and not _NO_SUBJECT.search(inbox):
+        if mark and token.isdecimal() and len(token) < TOKEN_DIGITS:
             self._pack(inbox + mark, int(token), payload)
         else:
             self._outbox.add_alone(reply, payload)
@@ -412,7 +412,7 @@ class NatsConnection:
 
     def _flush_soon(self) -> None:
         if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.create_task(self._flush(), name="nats-flush")
+            self._flushing = self._loop.create_task(self._flush())
 
     async def _flush(self) -> None:
         """Send what waits in the outbox. A connection that was lost in this very turn drops it, as its own buffer."""

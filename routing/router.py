@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -37,7 +38,7 @@ log = structlog.get_logger("ferry.router")
 ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have died with it
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
-TURN = 64  # local answers in a row, some hundred microseconds, before others get theirs
+TURN = 256  # local answers in a row, a millisecond or two, before others get theirs
 
 
 class LocalNode(Protocol):
@@ -65,6 +66,7 @@ class Router:
         self._link, self._directory, self._subjects = link, directory, subjects
         self._sender, self._local, self._wall_clock = sender, local, wall_clock
         self._max_command_bytes = max_command_bytes
+        self._clock: Callable[[], float] | None = None  # the loop's; to ask for the loop each time is a system call
         self._answered_now = 0  # in this turn of the event loop, without a wait
         self._learned: dict[str, tuple[int, NodeId]] = {}  # unit -> (epoch, owner) from answers, until the map is there
         directory.on_change(lambda unit, entry: self._forget(unit, entry.ownership.epoch))
@@ -99,16 +101,24 @@ class Router:
     async def deliver(self, command: Command, *, timeout_s: float, before: asyncio.Event | None = None) -> Any:
         """Send a prepared command; errors as for `send_message`. `before` is set when the one before it is over."""
         check_timeout(timeout_s)
-        loop = asyncio.get_running_loop()
-        deadline_s, expires_ms = loop.time() + timeout_s, int((self._wall_clock() + timeout_s) * 1000)
+        if self._local is not None and (answer := self._local.answer_now(command)) is not None:
+            await self._turn()
+            answer = _received(answer)
+            if answer.error is None:
+                return answer.value
+            raise answer.error
+        if self._clock is None:
+            self._clock = asyncio.get_running_loop().time
+        clock = self._clock
+        deadline_s, expires_ms = clock() + timeout_s, int((self._wall_clock() + timeout_s) * 1000)
         attempts = _Attempts(command, before)
-        while (left_s := deadline_s - loop.time()) > 0:
+        while (left_s := deadline_s - clock()) > 0:
             answer = await self._attempt(command, expires_ms, attempts, min(left_s, ATTEMPT_S))
             if answer is not None:
                 if answer.error is None:
                     return answer.value
                 raise answer.error
-            await attempts.pause(max(deadline_s - loop.time(), 0))
+            await attempts.pause(max(deadline_s - clock(), 0))
         raise attempts.gave_up(timeout_s)
 
     async def _attempt(self, command: Command, expires_ms: int, attempts: _Attempts, timeout_s: float) -> Answer | None:
@@ -160,16 +170,11 @@ class Router:
             raise Timeout(f"{owner} answered what cannot be read: {error}") from error  # so it may have been applied
 
     async def _ask_here(self, local: LocalNode, command: Command, timeout_s: float) -> Answer:
-        answer = local.answer_now(command)
-        if answer is not None:
-            await self._turn()
-        else:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    answer = await local.ask(command)
-            except TimeoutError as error:
-                raise Timeout(f"no answer from this node within {timeout_s:g} s") from error
-        return _received(answer)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return _received(await local.ask(command))
+        except TimeoutError as error:
+            raise Timeout(f"no answer from this node within {timeout_s:g} s") from error
 
     async def _turn(self) -> None:
         """Let others run when this turn of the event loop has brought many answers without a wait."""
@@ -264,4 +269,10 @@ def _received(answer: Answer) -> Answer:
 
 def new_message_id() -> str:
     """96 random bits: enough that two commands of one actor never share an id by chance."""
-    return os.urandom(12).hex()
+    return f"{_chance.getrandbits(96):024x}"
+
+
+# A generator of our own, because an application may seed `random`'s, and two of its processes would share their ids. A
+# call into the kernel for each id would cost as much as all else that a client does for a query.
+_chance = random.Random()
+os.register_at_fork(after_in_child=_chance.seed)

@@ -50,6 +50,7 @@ __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
 UNFINISHED = object()
+_ANSWERS = frozenset({str, int, float, bool, type(None), list, dict})  # nearly all are one of these
 
 
 def command(function: F) -> F:
@@ -253,13 +254,17 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
 
 
 def run_query(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
-    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does."""
+    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does.
+
+    The arguments are the handler's: they must be nobody else's.
+    """
     _begin(instance, handler, [])
-    result = handler.function(instance, **jsonlike.copy(arguments))
+    result = handler.function(instance, **arguments)
+    if type(result) in _ANSWERS or not inspect.isawaitable(result):
+        return jsonlike.copy(result)
     if inspect.iscoroutine(result):
         result.close()
-        return UNFINISHED
-    return UNFINISHED if inspect.isawaitable(result) else jsonlike.copy(result)
+    return UNFINISHED
 
 
 def _begin(instance: Actor, handler: Handler, emitted: list[list[Any]]) -> None:

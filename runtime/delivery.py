@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from routing.envelope import Answer, Command, encode_answer
-from routing.errors import HandlerFailed
+from routing.envelope import Answer, Command
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,11 +25,3 @@ class Delivery:
         """Tell whoever waits in this very process."""
         if self.future is not None and not self.future.done():
             self.future.set_result(answer)
-
-    def encoded(self, answer: Answer) -> bytes:
-        """The answer for whoever waits elsewhere."""
-        try:
-            return encode_answer(answer)
-        except TypeError:
-            problem = f"{self.command.name!r} of {self.command.actor} answered with a value that is not JSON-like"
-            return encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))

@@ -14,10 +14,11 @@ import structlog
 
 from routing import shard_map
 from routing.directory import Directory, MapEntry
-from routing.envelope import MAX_HOPS, Answer, Command, encode_command
+from routing.envelope import MAX_HOPS, Answer, Command, encode_answer, encode_command
 from routing.errors import (
     Busy,
     FerryError,
+    HandlerFailed,
     InDoubt,
     Moved,
     NotApplicable,
@@ -95,12 +96,10 @@ class Host:
                 self._send_on(name, delivery)
                 return
         try:
-            if unit.state is not UnitState.OPEN:
-                unit.buffer.add(delivery)
-            elif (answer := self._mailboxes.answer_now(unit, delivery.command)) is not None:
-                self.answer(delivery, answer)
-            else:
+            if unit.state is UnitState.OPEN:
                 self._mailboxes.put(unit, delivery)
+            else:
+                unit.buffer.add(delivery)
         except Busy as error:
             self.counters["refused_busy"] += 1
             self.answer(delivery, Answer(error=error, owner=self.node_id, epoch=unit.epoch))
@@ -117,7 +116,7 @@ class Host:
         return unit in self.units
 
     def answer_now(self, command: Command) -> Answer | None:
-        """The answer to a query of this very process that needs nothing to be waited for; None: `ask` it."""
+        """The answer to a query that needs nothing to be waited for; None when it is to be delivered, or asked."""
         unit = self.units.get(self._directory.unit_of(command.actor))
         if unit is None or unit.state is not UnitState.OPEN:
             return None
@@ -293,10 +292,19 @@ class Host:
         if delivery.future is not None:
             delivery.answer_here(answer)
         elif delivery.reply:
+            self.tell(delivery.reply, delivery.command, answer)
+
+    def tell(self, reply: str, command: Command, answer: Answer) -> None:
+        """Send the answer to a command to whoever waits for it elsewhere."""
+        try:
             try:
-                self._link.answer(delivery.reply, delivery.encoded(answer))
-            except FerryError as error:
-                self._unsent(error)
+                payload = encode_answer(answer)
+            except TypeError:
+                problem = f"{command.name!r} of {command.actor} answered with a value that is not JSON-like"
+                payload = encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))
+            self._link.answer(reply, payload)
+        except FerryError as error:
+            self._unsent(error)
 
     def send_on(self, delivery: Delivery) -> None:
         """Give a delivery that this node can no longer serve to whoever can."""

@@ -119,20 +119,19 @@ class LiveActor:
         try:
             return Answer(value=await actors.run(self.instance, handler, command.arguments, []))
         except Exception as error:
-            return self._failed(error, command)
+            return Answer(error=self._failed(error, command))
 
-    def ask_now(self, handler: Handler, command: Command) -> Answer | None:
-        """As `ask`, without a turn of the event loop. None when the query wants one after all."""
+    def ask_now(self, handler: Handler, command: Command) -> tuple[Any, FerryError | None]:
+        """As `ask`, without a turn of the event loop: (value, error). The value is UNFINISHED when it wants one."""
         assert self.instance is not None
         try:
-            value = actors.run_query(self.instance, handler, command.arguments)
+            return actors.run_query(self.instance, handler, command.arguments), None
         except Exception as error:
-            return self._failed(error, command)
-        return None if value is actors.UNFINISHED else Answer(value=value)
+            return None, self._failed(error, command)
 
-    def _failed(self, error: Exception, command: Command) -> Answer:
+    def _failed(self, error: Exception, command: Command) -> FerryError:
         self.dirty = not isinstance(error, Rejected)
-        return Answer(error=as_refusal(error, self.actor_id, command.name))
+        return as_refusal(error, self.actor_id, command.name)
 
     async def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
         """Only who has the actor to itself may ask. Raises StateNotPortable, PayloadTooLarge."""

@@ -31,7 +31,7 @@ from routing.errors import (
 from routing.session_id import opened_at
 from routing.settings import Settings
 from runtime import rules
-from runtime.actor import ActorClasses, Handler
+from runtime.actor import UNFINISHED, ActorClasses, Handler
 from runtime.delivery import Delivery
 from runtime.journal import History, Journal, Kind, Record
 from runtime.live_actor import LiveActor, replay
@@ -71,7 +71,8 @@ class Mailboxes:
     def answer_now(self, unit: Unit, command: Command) -> Answer | None:
         """The answer to a plain query of an actor at rest in an open unit; None when anything has to be waited for.
 
-        It is what the mailbox would answer, without a task and a turn of the event loop for it.
+        It is what the mailbox would answer, without a task and a turn of the event loop for it. The caller sees to it
+        that somebody still waits for it.
         """
         live = unit.actors.get(command.actor)
         if live is None or live.running or live.dirty or live.unverified or live.inbox:
@@ -81,11 +82,11 @@ class Mailboxes:
         handler = self._classes.get(command.actor.actor_type).handlers.get(command.name)
         if handler is None or handler.kind != "query" or handler.is_async or not handler.fits(command.arguments):
             return None
-        if not self._may_serve() or self._host.expired(command):
+        if not self._may_serve():
             return None
         live.used_at_s = self._clock()
-        answer = live.ask_now(handler, command)
-        return None if answer is None else self._stamped(unit, command, answer)
+        value, error = live.ask_now(handler, command)
+        return None if value is UNFINISHED else self._stamped(unit, command, value, error)
 
     def put(self, unit: Unit, delivery: Delivery) -> None:
         """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""
@@ -408,11 +409,11 @@ class Mailboxes:
             self._host.counters["snapshots"] += 1
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
-        self._host.answer(delivery, self._stamped(unit, delivery.command, answer))
+        self._host.answer(delivery, self._stamped(unit, delivery.command, answer.value, answer.error))
 
-    def _stamped(self, unit: Unit, command: Command, answer: Answer) -> Answer:
+    def _stamped(self, unit: Unit, command: Command, value: Any, error: FerryError | None) -> Answer:
         """What this node tells the sender of `command`; everything it says for an actor goes through here."""
-        return Answer(value=answer.value, error=answer.error, owner=self._host.node_id, epoch=unit.epoch)
+        return Answer(value=value, error=error, owner=self._host.node_id, epoch=unit.epoch)
 
 
 def _expired(live: LiveActor, floor: int) -> SessionExpired:

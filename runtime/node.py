@@ -68,6 +68,7 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._failed: asyncio.Future[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop
         self.host: Host
         self.router: Router
 
@@ -75,7 +76,8 @@ class Node:
     async def start(self) -> None:
         """Raises Incompatible, Unavailable, Timeout; InvalidInput when the id is in use by a living node."""
         settings = self._settings
-        self._failed = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._failed = self._loop.create_future()
         born = await found_or_join(self._link, settings)
         subjects = self._subjects = Subjects(settings.cluster, born.logs)
         self._lease = Lease(
@@ -212,7 +214,7 @@ class Node:
     # -- what runs all the time --------------------------------------------------------------------------------------
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a task of this node. A bug in one ends the node, loudly; an error of the tree is logged."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+        task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -262,6 +264,11 @@ class Node:
             if message.reply:
                 self.spawn(self._reply(message.reply, encode_answer(Answer(error=error))))
             return
+        if message.reply and not self.host.expired(command):
+            answer = self.host.answer_now(command)
+            if answer is not None:
+                self.host.tell(message.reply, command, answer)
+                return
         sender = message.subject.rpartition(".")[2]
         self.host.deliver(
             Delivery(command=command, size_bytes=len(message.payload), sender=sender, reply=message.reply)

@@ -167,13 +167,13 @@ class World:
         """Play the whole schedule on a loop of its own, and judge it."""
         stamped, chronicle = Mailboxes._stamped, self.chronicle
 
-        def stamping(mailboxes: Mailboxes, unit: Unit, command: Command, told: Answer) -> Answer:
+        def stamping(mailboxes: Mailboxes, unit: Unit, command: Command, value: Any, error: Any) -> Answer:
             actor = command.actor
             live = unit.actors.get(actor)
-            if live is not None and (told.error is None or isinstance(told.error, Rejected | OutOfOrder)):
-                what = type(told.error).__name__ if told.error is not None else "a value"
+            if live is not None and (error is None or isinstance(error, Rejected | OutOfOrder)):
+                what = type(error).__name__ if error is not None else "a value"
                 chronicle.on_answer(str(actor), unit.name, unit.epoch, mailboxes._incarnation, live.version, what)
-            return stamped(mailboxes, unit, command, told)
+            return stamped(mailboxes, unit, command, value, error)
 
         with (
             mock.patch.object(uuid, "uuid4", _uuids(Random(self.chance.random()))),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -623,3 +626,26 @@ def test_a_timeout_that_is_no_deadline_is_refused(timeout_s: float) -> None:
 def test_message_ids_do_not_repeat() -> None:
     """96 random bits each."""
     assert len({new_message_id() for _ in range(10_000)}) == 10_000
+
+
+def test_a_forked_process_has_message_ids_of_its_own() -> None:
+    """Celery forks its workers: two that began with one generator would send different commands under one id."""
+    new_message_id()
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as child:
+        theirs = child.submit(_ids, 100)
+        ours = _ids(100)
+
+        assert not set(ours) & set(theirs.result(timeout=60))
+
+
+def test_seeding_the_shared_generator_does_not_repeat_message_ids() -> None:
+    """An application that wants repeatable chance does not want repeated commands."""
+    random.seed(1)
+    first = _ids(10)
+    random.seed(1)
+
+    assert not set(first) & set(_ids(10))
+
+
+def _ids(count: int) -> list[str]:
+    return [new_message_id() for _ in range(count)]
