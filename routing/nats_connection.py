@@ -10,22 +10,19 @@ and makes a new one:
 Two more of its traps shape this file: `flush()` sends its ping *ahead* of what waits in the client's buffer, and a
 ping given up on kills the read loop when its pong comes late. So the barrier is a message to our own inbox.
 
-Questions and answers of one turn of the event loop travel together (routing/nats_packing.py). All that waits for an
-answer has one inbox, and one sweep for its deadlines: a timer for each would cost as much as the rest of a request.
+Questions and answers of one turn of the event loop travel together (routing/nats_packing.py), and all answers come to
+one inbox (routing/nats_answers.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import re
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 import structlog
 from nats import errors as nats_errors
@@ -34,7 +31,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 
 from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
-from routing.nats_packing import FRAME_BYTES, FRAME_MARK, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel, unpack
+from routing.nats_answers import Answers
+from routing.nats_packing import FRAME_BYTES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
+from routing.nats_url import parts, with_secrets_of, without_secrets
 
 log = structlog.get_logger("ferry.nats")
 
@@ -48,8 +47,6 @@ CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
 MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
 MAX_PENDING_BYTES = 2**30
-SWEEP_S = 0.05  # how late a deadline is noticed
-FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 NO_RESPONDERS = "503"
 _NO_SUBJECT = re.compile(r"\s|^$")  # what would end the protocol's line, or begin another
 
@@ -63,15 +60,6 @@ class Registration:
     current: ClientSubscription | None = None
 
 
-class _Waiting(NamedTuple):
-    """Somebody who waits for an answer, until `deadline_s` on the loop's clock."""
-
-    future: asyncio.Future[bytes]
-    subject: str
-    deadline_s: float
-    timeout_s: float
-
-
 class NatsConnection:
     """Publish, request and subscribe over whichever client is attached now.
 
@@ -80,23 +68,19 @@ class NatsConnection:
     """
 
     def __init__(self, url: str, *, name: str, inbox_prefix: str, connect_timeout_s: float) -> None:
-        self.url = ",".join(_without_secrets(part) for part in _parts(url))
+        self.url = ",".join(without_secrets(part) for part in parts(url))
         self.inbox = f"{inbox_prefix}.{uuid.uuid4().hex}"
         self.server_version, self.max_payload = "", 0
         self._last_error = ""
         self.handler_errors = self.client_errors = self.dropped_messages = self.reconnects = 0
         self.reconnect_callbacks: list[Callable[[], None]] = []
-        self._servers, self._name, self._connect_timeout_s = _parts(url), name, connect_timeout_s
+        self._servers, self._name, self._connect_timeout_s = parts(url), name, connect_timeout_s
         self._loop = asyncio.get_running_loop()
         self._client: Client | None = None
         self._died = asyncio.Event()
-        self._tokens = itertools.count(1)
-        self._answers = f"{self.inbox}{INBOX_MARK}"  # and a token behind it
-        self._waiting: dict[int, _Waiting] = {}
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._answers = Answers(self.inbox)
         self._outbox = Outbox()
         self._flushing: asyncio.Task[None] | None = None
-        self._frames: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # sent lately -> whose questions were in it
         self._barriers: set[asyncio.Future[bytes]] = set()
         self._registrations: dict[Registration, None] = {}
         self._supervisor: asyncio.Task[None] | None = None
@@ -140,11 +124,7 @@ class NatsConnection:
                 except Unavailable as error:
                     log.warning("closed without flushing", url=self.url, error=str(error))
             self._end(client)
-        for waiting in self._waiting.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(Timeout("the link was closed while waiting for an answer"))
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        self._answers.close()
         if self._endings:
             await asyncio.wait(self._endings, timeout=2 * CLOSE_TIMEOUT_S)
 
@@ -217,7 +197,7 @@ class NatsConnection:
         except BaseException:
             self._end(client)
             raise
-        discovered = [_with_secrets_of(self._servers[0], server.geturl()) for server in client.discovered_servers]
+        discovered = [with_secrets_of(self._servers[0], server.geturl()) for server in client.discovered_servers]
         self._servers = list(dict.fromkeys([*self._servers, *discovered]))
         self.max_payload = client.max_payload
         self._outbox.frame_bytes = min(FRAME_BYTES, client.max_payload // 2)  # which leaves room for the heads
@@ -271,15 +251,15 @@ class NatsConnection:
             await self._barrier(client, timeout_s)
         if _NO_SUBJECT.search(subject):
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
-        token, future = self._expect(subject, timeout_s)
+        token, future = self._answers.expect(subject, timeout_s)
         try:
-            if len(self._waiting) > 1:
+            if len(self._answers) > 1:
                 self._pack(subject, token, payload)
             else:  # whoever is alone gains nothing by waiting for company
-                await self._hand_over(client, subject, payload, f"{self._answers}{token}", None)
+                await self._hand_over(client, subject, payload, self._answers.reply_to(token), None)
             return await future
         finally:
-            self._waiting.pop(token, None)
+            self._answers.forget(token)
 
     async def request_alone(
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
@@ -288,27 +268,28 @@ class NatsConnection:
         client = self._attached()
         if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
-        token, future = self._expect(subject, timeout_s)
+        token, future = self._answers.expect(subject, timeout_s)
         try:
-            await self._hand_over(client, subject, payload, f"{self._answers}{token}", headers)
+            await self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
             return await future
         finally:
-            self._waiting.pop(token, None)
+            self._answers.forget(token)
 
     async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
         """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
         client = self._attached()
         if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
-        expected = [self._expect(subject, timeout_s) for _ in payloads]
+        expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
-                await self._hand_over(client, subject, payload, f"{self._answers}{token}", None)
+                await self._hand_over(client, subject, payload, self._answers.reply_to(token), None)
             return [await future for _, future in expected]
         finally:
             for token, future in expected:
-                self._waiting.pop(token, None)
-                future.cancel()  # harmless when it is there; when one fails, nobody looks at the others
+                self._answers.forget(token)
+                if future.done() and not future.cancelled():
+                    future.exception()  # of two that failed, the caller is told of one
 
     async def subscribe(self, subject: str, receive: Callable[[Msg], None]) -> Registration:
         """Returns once the server knows. Raises Unavailable when not connected."""
@@ -393,17 +374,17 @@ class NatsConnection:
     async def _barrier(self, client: Client, timeout_s: float) -> None:
         """Return when the server has handled everything handed to `client` before. Raises Unavailable."""
         await self._flush()
-        token, future = self._expect("the server", timeout_s)
+        token, future = self._answers.expect("the server", timeout_s)
         self._barriers.add(future)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.publish(f"{self._answers}{token}", b"")
+                await client.publish(self._answers.reply_to(token), b"")
                 await future
         except (TimeoutError, Timeout, nats_errors.Error) as error:
             raise Unavailable(f"the NATS server at {self.url} took nothing for {timeout_s:g} s: try again") from error
         finally:
             self._barriers.discard(future)
-            self._waiting.pop(token, None)
+            self._answers.forget(token)
 
     # -- messages that travel together -----------------------------------------------------------------------------
     def _pack(self, subject: str, token: int, payload: bytes) -> None:
@@ -424,7 +405,7 @@ class NatsConnection:
                 await self._client.publish(to, parcel.payload, reply)
             except nats_errors.Error as error:
                 for token in asking:
-                    self._fail(token, _translated(error, subject, self.url))
+                    self._answers.fail(token, _translated(error, subject, self.url))
                 log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
 
     def _envelope(self, subject: str, parcel: Parcel) -> tuple[str, str, tuple[int, ...]]:
@@ -433,66 +414,17 @@ class NatsConnection:
             return subject, "", ()
         if subject.endswith(INBOX_MARK):
             return (subject if parcel.is_frame else f"{subject}{parcel.tokens[0]}"), "", ()
-        reply = self._frame_of(parcel.tokens) if parcel.is_frame else f"{self._answers}{parcel.tokens[0]}"
-        return subject, reply, parcel.tokens
-
-    def _frame_of(self, tokens: tuple[int, ...]) -> str:
-        """The reply subject of a frame, where the server may say that nobody listens."""
-        frame = next(self._tokens)
-        self._frames[frame] = tokens
-        while len(self._frames) > FRAMES_REMEMBERED:
-            self._frames.popitem(last=False)
-        return f"{self.inbox}{FRAME_MARK}{frame}"
-
-    # -- answers ---------------------------------------------------------------------------------------------------
-    def _expect(self, subject: str, timeout_s: float) -> tuple[int, asyncio.Future[bytes]]:
-        token, future = next(self._tokens), self._loop.create_future()
-        self._waiting[token] = _Waiting(future, subject, self._loop.time() + timeout_s, timeout_s)
-        if self._sweeping is None:
-            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
-        return token, future
-
-    def _sweep(self) -> None:
-        """End the waits whose deadline has passed."""
-        self._sweeping, now_s = None, self._loop.time()
-        for token, waiting in list(self._waiting.items()):
-            if waiting.deadline_s <= now_s:
-                self._fail(
-                    token, Timeout(f"no answer from {waiting.subject} within {waiting.timeout_s:g} s: try again")
-                )
-        if self._waiting:
-            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+        return subject, self._answers.reply_to(*parcel.tokens), parcel.tokens
 
     async def _on_answer(self, message: Msg) -> None:
-        name = message.subject[len(self._answers) :]
         try:
             if message.headers is not None and message.headers.get("Status") == NO_RESPONDERS:
-                self._on_nobody(name)
-            elif name:
-                self._resolve(int(name), message.data)
+                self._answers.nobody_listens(message.subject)
             else:
-                for token, payload in unpack(message.data):
-                    self._resolve(token, payload)
+                self._answers.arrived(message.subject, message.data)
         except (InvalidInput, ValueError) as error:
             self.client_errors += 1
             log.warning("answer ignored", subject=message.subject, error=str(error))
-
-    def _on_nobody(self, name: str) -> None:
-        tokens = self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),)
-        for token in tokens:
-            if token in self._waiting:
-                subject = self._waiting[token].subject
-                self._fail(token, Unavailable(f"nobody listens on {subject}: is its node or stream there?"))
-
-    def _resolve(self, token: int, payload: bytes) -> None:
-        waiting = self._waiting.pop(token, None)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_result(payload)
-
-    def _fail(self, token: int, error: Exception) -> None:
-        waiting = self._waiting.pop(token, None)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_exception(error)
 
     def _on_error(self, error: Exception, *, quiet: bool) -> None:
         self._last_error = str(error) or type(error).__name__
@@ -529,19 +461,3 @@ def _translated(error: nats_errors.Error, subject: str, url: str) -> FerryError:
 
 def _header_bytes(headers: dict[str, str] | None) -> int:
     return 14 + sum(len(name) + len(value) + 4 for name, value in headers.items()) if headers else 0
-
-
-def _parts(url: str) -> list[str]:
-    return [part.strip() for part in url.split(",") if part.strip()]
-
-
-def _without_secrets(url: str) -> str:
-    host = urlsplit(url).netloc.rpartition("@")[2]
-    return f"{urlsplit(url).scheme}://{host}" if host else url
-
-
-def _with_secrets_of(given: str, discovered: str) -> str:
-    """A server's announced neighbour, reached with the user and password of the server that was given."""
-    user, at, _ = urlsplit(given).netloc.rpartition("@")
-    parts = urlsplit(discovered)
-    return parts._replace(netloc=f"{user}{at}{parts.netloc.rpartition('@')[2]}").geturl()

@@ -1,0 +1,105 @@
+"""Who waits for which answer on one connection: one inbox for all, one token and one deadline for each."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import OrderedDict
+from typing import NamedTuple
+
+from routing.errors import FerryError, Timeout, Unavailable
+from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
+
+SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as much as the rest of a request
+FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
+
+
+class _Waiting(NamedTuple):
+    """Somebody who waits for an answer, until `deadline_s` on the loop's clock."""
+
+    future: asyncio.Future[bytes]
+    subject: str
+    deadline_s: float
+    timeout_s: float
+
+
+class Answers:
+    """The answers that are expected at `inbox`, whether they come alone or in frames (routing/nats_packing.py)."""
+
+    def __init__(self, inbox: str) -> None:
+        self._inbox = inbox
+        self._prefix = f"{inbox}{INBOX_MARK}"
+        self._loop = asyncio.get_running_loop()
+        self._tokens = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+        self._frames: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # sent lately -> whose questions were in it
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def expect(self, subject: str, timeout_s: float) -> tuple[int, asyncio.Future[bytes]]:
+        """A token, and what will become of the question to `subject` that bears it. The caller has to `forget` it."""
+        token, future = next(self._tokens), self._loop.create_future()
+        self._waiting[token] = _Waiting(future, subject, self._loop.time() + timeout_s, timeout_s)
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
+        return token, future
+
+    def forget(self, token: int) -> None:
+        """Whatever comes for `token` from now on is too late."""
+        self._waiting.pop(token, None)
+
+    def reply_to(self, *tokens: int) -> str:
+        """The reply subject of a question, or of a frame of several."""
+        if len(tokens) == 1:
+            return f"{self._prefix}{tokens[0]}"
+        frame = next(self._tokens)
+        self._frames[frame] = tokens
+        while len(self._frames) > FRAMES_REMEMBERED:
+            self._frames.popitem(last=False)
+        return f"{self._inbox}{FRAME_MARK}{frame}"
+
+    # -- what comes ------------------------------------------------------------------------------------------------
+    def arrived(self, subject: str, payload: bytes) -> None:
+        """Something came to the inbox. Raises InvalidInput, ValueError for what is no answer of ours."""
+        name = subject[len(self._prefix) :]
+        if name:
+            self._resolve(int(name), payload)
+            return
+        for token, answer in unpack(payload):
+            self._resolve(token, answer)
+
+    def nobody_listens(self, subject: str) -> None:
+        """The server has nobody to give a question to, or any of a frame. Raises ValueError when it is not ours."""
+        name = subject[len(self._prefix) :]
+        for token in self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),):
+            waiting = self._waiting.get(token)
+            if waiting is not None:
+                self.fail(token, Unavailable(f"nobody listens on {waiting.subject}: is its node or stream there?"))
+
+    def fail(self, token: int, error: FerryError) -> None:
+        waiting = self._waiting.pop(token, None)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(error)
+
+    def close(self) -> None:
+        """Nothing comes any more: everybody is told that their time is up."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for token in list(self._waiting):
+            self.fail(token, Timeout("the link was closed while waiting for an answer"))
+
+    def _resolve(self, token: int, payload: bytes) -> None:
+        waiting = self._waiting.pop(token, None)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_result(payload)
+
+    def _sweep(self) -> None:
+        """End the waits whose deadline has passed."""
+        self._sweeping, now_s = None, self._loop.time()
+        for token, (_, subject, deadline_s, timeout_s) in list(self._waiting.items()):
+            if deadline_s <= now_s:
+                self.fail(token, Timeout(f"no answer from {subject} within {timeout_s:g} s: try again"))
+        if self._waiting:
+            self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
