@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,22 @@ BEGIN, END = "<!-- figures: written by `python -m bench report` -->", "<!-- end 
 
 Document = dict[str, Any]
 
+# What a reader who has a minute wants to know: benchmark -> the cases of it, as a regular expression.
+HEADLINES = {
+    "blackout": "", "rebalance": "moved|blackout p99|slowest", "large": "pre-copied|cold|ask", "ask": "", "append": "",
+    "activate": "", "failover": "first answer", "placement": "one joins: moved", "memory": "beyond its state",
+}  # fmt: skip
+
 
 def write(documents: Sequence[Document], folder: Path = Path()) -> None:
-    """README.md gets what has a floor, docs/performance.md everything. Raises ValueError for missing markers."""
-    for path, keep in (("README.md", lambda row: row["ratio"] is not None), ("docs/performance.md", lambda row: True)):
+    """README.md gets the headlines, docs/performance.md everything. Raises ValueError for missing markers."""
+    for path, keep in (("README.md", is_headline), ("docs/performance.md", lambda _name, _row: True)):
         file = folder / path
         file.write_text(between_markers(file.read_text(), markdown(documents, keep), path))
+
+
+def is_headline(name: str, row: Document) -> bool:
+    return re.search(HEADLINES.get(name, "$^"), row["case"]) is not None
 
 
 def between_markers(text: str, figures: str, path: str) -> str:
@@ -26,13 +37,13 @@ def between_markers(text: str, figures: str, path: str) -> str:
     return f"{head}{BEGIN}\n{figures}\n{END}{tail}"
 
 
-def markdown(documents: Sequence[Document], keep: Callable[[Document], bool]) -> str:
+def markdown(documents: Sequence[Document], keep: Callable[[str, Document], bool]) -> str:
     """One table; `ratio` is the measured value over its floor."""
     lines = [machine_line(documents), "", "| benchmark | case | measured | floor | ratio | p50 | p99 | runs |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for found in documents:
         for row in found["results"]:
-            if keep(row):
+            if keep(found["name"], row):
                 cells = [quantity(row[name]) for name in ("floor", "ratio", "p50", "p99")]
                 lines.append(
                     f"| `{found['name']}` | {row['case']} | {quantity(row['value'])} {row['unit']} |"

@@ -219,6 +219,8 @@ def check_timeout(timeout_s: float) -> None:
 class _Attempts:
     """What is known about a command so far: was it ever possibly applied, and how long to pause before the next try."""
 
+    __slots__ = ("_before", "_command", "_last", "_pause_s", "maybe_applied")
+
     def __init__(self, command: Command, before: asyncio.Event | None) -> None:
         self.maybe_applied = False
         self._command, self._before = command, before

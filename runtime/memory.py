@@ -72,23 +72,23 @@ class AnsweredCommands:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._answers: OrderedDict[str, list[Any]] = OrderedDict()
+        self._answers: OrderedDict[str, list[Any]] = OrderedDict()  # by id, each as a snapshot has it
 
     def __len__(self) -> int:
         return len(self._answers)
 
     def add(self, message_id: str, reply: Any, error: dict[str, Any] | None) -> None:
-        self._answers[message_id] = [reply] if error is None else [None, error]
+        self._answers[message_id] = [message_id, reply] if error is None else [message_id, None, error]
         while len(self._answers) > self._limit:
             self._answers.popitem(last=False)
 
     def answer_to(self, message_id: str) -> Answer | None:
         known = self._answers.get(message_id)
-        return None if known is None else _answer(known)
+        return None if known is None else _answer(known[1:])
 
     def to_document(self) -> list[list[Any]]:
         """`[[id, reply], [id, null, error], ...]`, oldest first."""
-        return [[message_id, *known] for message_id, known in self._answers.items()]
+        return list(self._answers.values())
 
     @classmethod
     def from_document(cls, document: list[list[Any]], limit: int) -> AnsweredCommands:

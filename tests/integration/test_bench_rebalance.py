@@ -89,14 +89,14 @@ def test_a_curve_is_measured_and_drawn(tmp_path: Path) -> None:
 
 def figures() -> list[dict[str, Any]]:
     results = [
-        Result(case="with floor", value=2, unit="ms", floor=1, runs=5),
+        Result(case="pre-copied, blackout", value=2, unit="ms", floor=1, runs=5),
         Result(case="bare", value=1234.5, unit="x"),
     ]
-    return [json.loads(json.dumps(document("blackout", results)))]
+    return [json.loads(json.dumps(document("large", results)))]
 
 
 def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
-    """README.md lists what has a floor, docs/performance.md everything; prose around the tables stays."""
+    """README.md lists the headlines, docs/performance.md everything; prose around the tables stays."""
     (tmp_path / "docs").mkdir()
     for path in ("README.md", "docs/performance.md"):
         (tmp_path / path).write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
@@ -107,9 +107,9 @@ def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(tmp_pa
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     assert "stale" not in readme
-    assert "| `blackout` | with floor | 2 ms | 1 | 2 |" in readme
+    assert "| `large` | pre-copied, blackout | 2 ms | 1 | 2 |" in readme
     assert "bare" not in readme
-    assert "| `blackout` | bare | 1,234 x |" in performance
+    assert "| `large` | bare | 1,234 x |" in performance
 
 
 def test_a_document_without_markers_is_not_touched(tmp_path: Path) -> None:
