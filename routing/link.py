@@ -71,8 +71,8 @@ class Link(Protocol):
         Raises Unavailable when not connected or when too much waits to be sent, PayloadTooLarge.
         """
 
-    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
-        """Send and await one answer.
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
+        """Send and await one answer. It may share its way with others, unless it is to go `alone`.
 
         Raises Unavailable when nobody listens or the link is down before sending, Timeout when no answer came.
         """

@@ -116,6 +116,7 @@ class NatsConnection:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+        await self._flush()
         client, self._client = self._client, None
         if client is not None:
             if client.is_connected:
@@ -200,7 +201,7 @@ class NatsConnection:
         discovered = [with_secrets_of(self._servers[0], server.geturl()) for server in client.discovered_servers]
         self._servers = list(dict.fromkeys([*self._servers, *discovered]))
         self.max_payload = client.max_payload
-        self._outbox.frame_bytes = min(FRAME_BYTES, client.max_payload // 2)  # which leaves room for the heads
+        self._outbox.frame_bytes = min(FRAME_BYTES, client.max_payload)
         self._client, self._died = client, died
 
     def _check_version(self, client: Client) -> None:
@@ -239,17 +240,18 @@ class NatsConnection:
             self._outbox.add_alone(reply, payload)
             self._flush_soon()
 
-    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
         """Ask another link; the first answer. Leaves at the end of this turn, perhaps together with others.
 
         Raises Unavailable when certainly nobody got the question, Timeout when nobody answered.
         """
-        if len(payload) > PACKED_BYTES:
+        if alone or len(payload) > PACKED_BYTES:
+            await self._flush()  # it must not overtake what was asked before
             return await self.request_alone(subject, payload, timeout_s=timeout_s)
         client = self._attached()
         if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
-        if _NO_SUBJECT.search(subject):
+        if _NO_SUBJECT.search(subject) or subject.endswith(INBOX_MARK):
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
         token, future = self._answers.expect(subject, timeout_s)
         try:
@@ -403,7 +405,7 @@ class NatsConnection:
                 if self._client is None:
                     raise nats_errors.ConnectionClosedError
                 await self._client.publish(to, parcel.payload, reply)
-            except nats_errors.Error as error:
+            except (nats_errors.Error, UnicodeEncodeError) as error:  # one that cannot go must not keep the others
                 for token in asking:
                     self._answers.fail(token, _translated(error, subject, self.url))
                 log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
@@ -451,10 +453,10 @@ async def _end_client(client: Client) -> None:
         log.debug("nats client did not close", error=f"{type(error).__name__}: {error}")
 
 
-def _translated(error: nats_errors.Error, subject: str, url: str) -> FerryError:
+def _translated(error: Exception, subject: str, url: str) -> FerryError:
     if isinstance(error, nats_errors.MaxPayloadError):
         return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
-    if isinstance(error, nats_errors.BadSubjectError):
+    if isinstance(error, (nats_errors.BadSubjectError, UnicodeEncodeError)):
         return InvalidInput(f"{subject!r} is no NATS subject: remove blanks and empty tokens")
     return Unavailable(f"not connected to NATS at {url} ({error}): try again")
 

@@ -58,9 +58,9 @@ class NatsLink:
     ) -> NatsLink:
         """Connect to one of the servers in `url` (several are separated by commas), and from then on for ever again.
 
-        `name` shows in the server's monitoring. Server permissions must let the connection publish and subscribe
-        under `inbox_prefix`. Raises Unavailable when none answers within `connect_timeout_s`, Incompatible when it
-        refuses us, is older than 2.12.3, or has no JetStream.
+        `name` shows in the server's monitoring. Server permissions must let the connection subscribe under
+        `inbox_prefix`, and publish to the inboxes of those whom it answers. Raises Unavailable when none answers within
+        `connect_timeout_s`, Incompatible when it refuses us, is older than 2.12.3, or has no JetStream.
         """
         connection = NatsConnection(url, name=name, inbox_prefix=inbox_prefix, connect_timeout_s=connect_timeout_s)
         await connection.open()
@@ -116,8 +116,8 @@ class NatsLink:
     def answer(self, reply: str, payload: bytes) -> None:
         self._connection.answer(reply, payload)
 
-    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
-        return await self._connection.request(subject, payload, timeout_s=timeout_s)
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
+        return await self._connection.request(subject, payload, timeout_s=timeout_s, alone=alone)
 
     async def subscribe(self, subject: str, handler: Handler) -> _LinkSubscription:
         connection = self._connection

@@ -79,10 +79,11 @@ def parcels(messages: list[tuple[int, bytes]], frame_bytes: int = FRAME_BYTES) -
     """Messages of one way, (token, payload) each, in order, in as few parcels as the bounds of a frame allow."""
     start = size = 0
     for end, (_, payload) in enumerate(messages):
-        if end > start and (size + len(payload) > frame_bytes or end - start >= FRAME_MESSAGES):
+        length = _HEAD.size + len(payload)
+        if end > start and (size + length > frame_bytes or end - start >= FRAME_MESSAGES):
             yield _parcel(messages[start:end])
             start, size = end, 0
-        size += len(payload)
+        size += length
     yield _parcel(messages[start:])
 
 

@@ -125,7 +125,7 @@ class Router:
         """One try; None means try again."""
         unit = self._directory.unit_of(command.actor)
         try:
-            answer = await self._ask(unit, command, expires_ms, timeout_s)
+            answer = await self._ask(unit, command, expires_ms, timeout_s, alone=attempts.maybe_applied)
         except Timeout as error:
             attempts.unknown(error)
             await self._refresh(unit, attempts)
@@ -154,7 +154,8 @@ class Router:
                 return answer
         return None
 
-    async def _ask(self, unit: str, command: Command, expires_ms: int, timeout_s: float) -> Answer:
+    async def _ask(self, unit: str, command: Command, expires_ms: int, timeout_s: float, *, alone: bool) -> Answer:
+        """`alone`: whatever became of the last try, this one depends on nobody else's message."""
         if self._local is not None and self._local.serves(unit):
             return await self._ask_here(self._local, replace(command, expires_ms=expires_ms), timeout_s)
         owner, epoch = self._route(unit)
@@ -162,7 +163,7 @@ class Router:
             raise Unavailable(f"{unit} has no owner yet: start a coordinator and a node")
         payload = encode_command(command, epoch=epoch, expires_ms=expires_ms)
         subject = self._subjects.command(owner, self._sender)
-        answer = await self._link.request(subject, payload, timeout_s=timeout_s)
+        answer = await self._link.request(subject, payload, timeout_s=timeout_s, alone=alone)
         try:
             return decode_answer(answer)
         except InvalidInput as error:

@@ -254,12 +254,9 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
 
 
 def run_query(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
-    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does.
-
-    The arguments are the handler's: they must be nobody else's.
-    """
+    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does."""
     _begin(instance, handler, [])
-    result = handler.function(instance, **arguments)
+    result = handler.function(instance, **jsonlike.copy(arguments))
     if type(result) in _ANSWERS or not inspect.isawaitable(result):
         return jsonlike.copy(result)
     if inspect.iscoroutine(result):

@@ -303,6 +303,8 @@ class Host:
                 problem = f"{command.name!r} of {command.actor} answered with a value that is not JSON-like"
                 payload = encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))
             self._link.answer(reply, payload)
+        except Unavailable:
+            self._post(self._link.publish(reply, payload))  # which waits for a server that has much to take
         except FerryError as error:
             self._unsent(error)
 

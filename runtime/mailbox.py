@@ -63,6 +63,7 @@ class Mailboxes:
         self._journal, self._classes, self._settings = journal, classes, settings
         self._incarnation, self._may_serve, self._spawn, self._clock = incarnation, may_serve, spawn, clock
         self._looks: dict[LiveActor, list[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
+        self._waiting_queries: set[Callable[..., Any]] = set()  # not `async`, but they answered with an awaitable
         self._host: Host
 
     def attach(self, host: Host) -> None:
@@ -82,11 +83,14 @@ class Mailboxes:
         handler = self._classes.get(command.actor.actor_type).handlers.get(command.name)
         if handler is None or handler.kind != "query" or handler.is_async or not handler.fits(command.arguments):
             return None
-        if not self._may_serve():
+        if not self._may_serve() or handler.function in self._waiting_queries:
             return None
         live.used_at_s = self._clock()
         value, error = live.ask_now(handler, command)
-        return None if value is UNFINISHED else self._stamped(unit, command, value, error)
+        if value is UNFINISHED:
+            self._waiting_queries.add(handler.function)
+            return None
+        return self._stamped(unit, command, value, error)
 
     def put(self, unit: Unit, delivery: Delivery) -> None:
         """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""

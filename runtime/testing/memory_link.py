@@ -107,7 +107,7 @@ class MemoryLink:
         message = Message(subject=subject, payload=payload, reply=reply)
         self._send(self._fate("publish", subject), partial(self._server.route, message), message=True)
 
-    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
         self._check(subject, payload)
         self._requests += 1
         inbox = f"{self._inbox}.{self._requests}"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from nats.aio.client import Client
 
-from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Timeout, Unavailable
+from routing.errors import Incompatible, InDoubt, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from routing.nats_link import NatsLink
 
@@ -465,3 +465,70 @@ async def test_answers_are_refused_while_the_server_takes_nothing(nats_server: N
                 await asyncio.sleep(0)
 
     await alice.close()
+
+
+async def test_a_large_question_does_not_overtake_small_ones(nats_server: NatsServer) -> None:
+    """Property: what is too long for a frame keeps its place, or a session's commands would come out of order."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    sizes = [10, 20, 30, 5_000, 40, 6_000, 50]
+    seen: list[int] = []
+
+    def answer(message: Message) -> None:
+        seen.append(len(message.payload))
+        bob.answer(message.reply, b"")
+
+    await bob.subscribe("sizes", answer)
+
+    await asyncio.gather(*(alice.request("sizes", bytes(size), timeout_s=WAIT_S) for size in sizes))
+
+    assert seen == sizes
+
+
+async def test_an_answer_given_just_before_closing_arrives(nats_server: NatsServer) -> None:
+    """Property: what was accepted leaves before the link does."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await bob.subscribe("echo", heard.put_nowait)
+    asking = asyncio.create_task(alice.request("echo", b"", timeout_s=WAIT_S))
+    async with asyncio.timeout(WAIT_S):
+        message = await heard.get()
+
+    bob.answer(message.reply, b"last words")
+    await bob.close()
+
+    assert await asking == b"last words"
+
+
+@pytest.mark.parametrize("subject", ["\ud800", "inbox.~", "a b", ""])
+async def test_a_question_that_cannot_be_sent_costs_the_others_of_its_turn_nothing(
+    nats_server: NatsServer, subject: str
+) -> None:
+    """Property: one malformed subject is its sender's mistake, told at once."""
+    alice, bob = await nats_server.link("alice"), await nats_server.link("bob")
+    await bob.subscribe("echo", lambda message: bob.answer(message.reply, message.payload))
+
+    outcomes = await asyncio.gather(
+        alice.request("echo", b"1", timeout_s=WAIT_S),
+        alice.request(subject, b"2", timeout_s=WAIT_S),
+        alice.request("echo", b"3", timeout_s=WAIT_S),
+        return_exceptions=True,
+    )
+
+    assert (outcomes[0], outcomes[2]) == (b"1", b"3")
+    assert isinstance(outcomes[1], InvalidInput)
+
+
+async def test_a_question_may_go_alone(nats_server: NatsServer, admin: Client) -> None:
+    """Property: a peer that does not understand frames is reached by the second try, which goes by itself."""
+    alice = await nats_server.link("alice")
+
+    async def answer_what_is_no_frame(message: Any) -> None:
+        if ".~f" not in message.reply:
+            await admin.publish(message.reply, b"re: " + message.data)
+
+    await admin.subscribe("old", cb=answer_what_is_no_frame)
+    await admin.flush()
+
+    answers = await asyncio.gather(*(alice.request("old", b"%d" % n, timeout_s=WAIT_S, alone=True) for n in range(5)))
+
+    assert answers == [b"re: %d" % n for n in range(5)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,15 @@ class Ledger(Actor):
     @query
     def read(self) -> list[Any]:
         return self.entries
+
+    @query
+    def pop_later(self, *, items: list[Any]) -> Awaitable[list[Any]]:
+        """Not `async`, and yet it answers with something to be awaited; and it changes what it was given."""
+        items.pop()
+        return self._later(items)
+
+    async def _later(self, items: list[Any]) -> list[Any]:
+        return items
 
     @event
     def written(self, entry: Any) -> None:

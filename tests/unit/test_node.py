@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from typing import Any
+from unittest import mock
 
 import orjson
 import pytest
@@ -32,6 +33,7 @@ from routing.shard_map import Outcome
 from routing.subjects import LEADER_KEY
 from runtime.actor import Actor, command, event, query
 from runtime.testing import Fault
+from runtime.testing.memory_link import MemoryLink
 from tests.unit.cluster import STEPS, UNIT, ForgetfulLink, Ledger, cluster
 from tests.unit.virtual_time import clock, until, virtually
 
@@ -1001,6 +1003,32 @@ async def test_stopping_lets_a_running_handler_finish() -> None:
         await stopping
 
         assert (await answered(future)).value == 1
+
+
+@virtually
+async def test_a_query_that_answers_with_an_awaitable_is_asked_with_its_own_arguments_each_time() -> None:
+    """It cannot be answered at once: asked again in its mailbox, it must not find what it has changed before."""
+    async with cluster("a") as small:
+        await small.send("k", "write", entry=1)
+        router, actor = small.nodes["a"].node.router, ActorId("ledger", "k")
+
+        for _ in range(2):
+            assert (await small.send("k", "pop_later", items=[1, 2, 3])).value == [1, 2]
+            assert await router.send_message(actor, "pop_later", {"items": [1, 2, 3]}, timeout_s=1.0) == [1, 2]
+
+
+@virtually
+async def test_an_answer_that_finds_the_link_full_waits_for_it() -> None:
+    """An answer dropped is a caller left in doubt: it is sent as soon as the server takes it."""
+    async with cluster("a") as small:
+        await small.send("k", "write", entry=1)
+        host = small.nodes["a"].node.host
+
+        with mock.patch.object(MemoryLink, "answer", side_effect=Unavailable("too much waits to be sent")):
+            answer = await small.send("k", "read")
+
+        assert answer.value == [1]
+        assert host.counters["unsent"] == 0
 
 
 @virtually
