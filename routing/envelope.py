@@ -14,6 +14,7 @@ from routing.session_id import opened_at
 
 MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
 MAX_MESSAGE_ID_BYTES = 128
+_OF_SESSIONS = frozenset({"session", "number", "after"})
 SURROUNDING_BYTES = 4_096  # no command has more around its arguments, names escaped
 MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
@@ -82,11 +83,13 @@ def new_command(
 def _check_names(name: str, message_id: str) -> None:
     if len(name) > MAX_NAME_CHARACTERS:
         raise InvalidInput(f"command {name[:40]!r}… of {len(name)} characters: use at most {MAX_NAME_CHARACTERS}")
-    try:
-        name.encode()
-        size = len(message_id.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"command {name[:40]!r} or its id is not valid text: use UTF-8") from error
+    size = len(message_id)
+    if not (name.isascii() and message_id.isascii()):  # nearly all are
+        try:
+            name.encode()
+            size = len(message_id.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"command {name[:40]!r} or its id is not valid text: use UTF-8") from error
     if not 1 <= size <= MAX_MESSAGE_ID_BYTES:
         raise InvalidInput(f"message id {message_id[:40]!r}: use 1 to {MAX_MESSAGE_ID_BYTES} bytes")
 
@@ -125,7 +128,11 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     name: str = _field(document, "command", str)
     message_id: str = _field(document, "id", str)
     _check_names(name, message_id)
-    plain = "session" not in document
+    in_session: dict[str, Any] = {}
+    if not document.keys().isdisjoint(_OF_SESSIONS):
+        in_session = {
+            "session": _session(document), "number": _count(document, "number"), "after": _count(document, "after")
+        }  # fmt: skip
     return Command(
         actor=ActorId.parse(_field(document, "actor", str)),
         name=name,
@@ -134,18 +141,14 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
         epoch=_count(document, "epoch"),
         hops=_count(document, "hops"),
         expires_ms=_count(document, "expires_ms"),
-        session=_session(document),
-        number=0 if plain else _count(document, "number"),
-        after=0 if plain else _count(document, "after"),
         linearizable=document.get("linearizable") is True,
+        **in_session,
     )
 
 
 def _session(document: dict[str, Any]) -> str:
     if "session" not in document:
-        if "number" in document or "after" in document:
-            raise InvalidInput("a command with a number, but without its session")
-        return ""
+        raise InvalidInput("a command with a number, but without its session")
     session: str = _field(document, "session", str)
     opened_at(session)
     return session

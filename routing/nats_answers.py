@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from typing import NamedTuple
 
 from routing.errors import FerryError, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
@@ -14,13 +13,8 @@ SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as
 FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 
 
-class _Waiting(NamedTuple):
-    """Somebody who waits for an answer, until `deadline_s` on the loop's clock."""
-
-    future: asyncio.Future[bytes]
-    subject: str
-    deadline_s: float
-    timeout_s: float
+# Somebody who waits: where the answer goes, who was asked, until when on the loop's clock, how long that was (seconds).
+_Waiting = tuple[asyncio.Future[bytes], str, float, float]
 
 
 class Answers:
@@ -41,7 +35,7 @@ class Answers:
     def expect(self, subject: str, timeout_s: float) -> tuple[int, asyncio.Future[bytes]]:
         """A token, and what will become of the question to `subject` that bears it. The caller has to `forget` it."""
         token, future = next(self._tokens), self._loop.create_future()
-        self._waiting[token] = _Waiting(future, subject, self._loop.time() + timeout_s, timeout_s)
+        self._waiting[token] = future, subject, self._loop.time() + timeout_s, timeout_s
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
         return token, future
@@ -74,14 +68,14 @@ class Answers:
         """The server has nobody to give a question to, or any of a frame. Raises ValueError when it is not ours."""
         name = subject[len(self._prefix) :]
         for token in self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),):
-            waiting = self._waiting.get(token)
-            if waiting is not None:
-                self.fail(token, Unavailable(f"nobody listens on {waiting.subject}: is its node or stream there?"))
+            if token in self._waiting:
+                _, asked, _, _ = self._waiting[token]
+                self.fail(token, Unavailable(f"nobody listens on {asked}: is its node or stream there?"))
 
     def fail(self, token: int, error: FerryError) -> None:
         waiting = self._waiting.pop(token, None)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_exception(error)
+        if waiting is not None and not waiting[0].done():
+            waiting[0].set_exception(error)
 
     def close(self) -> None:
         """Nothing comes any more: everybody is told that their time is up."""
@@ -92,8 +86,8 @@ class Answers:
 
     def _resolve(self, token: int, payload: bytes) -> None:
         waiting = self._waiting.pop(token, None)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_result(payload)
+        if waiting is not None and not waiting[0].done():
+            waiting[0].set_result(payload)
 
     def _sweep(self) -> None:
         """End the waits whose deadline has passed."""

@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import structlog
@@ -47,8 +48,8 @@ CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
 MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
 MAX_PENDING_BYTES = 2**30
+MANY = 8  # messages in a frame from which on a turn of the event loop is worth its cost
 NO_RESPONDERS = "503"
-_NO_SUBJECT = re.compile(r"\s|^$")  # what would end the protocol's line, or begin another
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +81,7 @@ class NatsConnection:
         self._died = asyncio.Event()
         self._answers = Answers(self.inbox)
         self._outbox = Outbox()
-        self._flushing: asyncio.Task[None] | None = None
+        self._flushing: asyncio.Task[int] | None = None
         self._barriers: set[asyncio.Future[bytes]] = set()
         self._registrations: dict[Registration, None] = {}
         self._supervisor: asyncio.Task[None] | None = None
@@ -251,7 +252,7 @@ class NatsConnection:
         client = self._attached()
         if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
-        if _NO_SUBJECT.search(subject) or subject.endswith(INBOX_MARK):
+        if not _may_be_asked(subject):
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
         token, future = self._answers.expect(subject, timeout_s)
         try:
@@ -362,7 +363,8 @@ class NatsConnection:
     async def _register_on(self, client: Client, registration: Registration) -> None:
         async def deliver(message: Msg) -> None:
             self.guard(registration.subject, registration.receive, message)
-            await self._flush()  # answers given at once need not wait for the end of the turn
+            if await self._flush() >= MANY:  # answers given at once need not wait for the end of the turn
+                await asyncio.sleep(0)  # but leave now: the next frame is a millisecond's work
 
         subscription = await client.subscribe(
             registration.subject, cb=deliver,
@@ -397,9 +399,14 @@ class NatsConnection:
         if self._flushing is None or self._flushing.done():
             self._flushing = self._loop.create_task(self._flush())
 
-    async def _flush(self) -> None:
-        """Send what waits in the outbox. A connection that was lost in this very turn drops it, as its own buffer."""
+    async def _flush(self) -> int:
+        """Send what waits in the outbox; returns how many messages that were.
+
+        A connection that was lost in this very turn drops it, as its own buffer.
+        """
+        sent = 0
         for subject, parcel in self._outbox.take():
+            sent += len(parcel.tokens) or 1
             to, reply, asking = self._envelope(subject, parcel)
             try:
                 if self._client is None:
@@ -409,6 +416,7 @@ class NatsConnection:
                 for token in asking:
                     self._answers.fail(token, _translated(error, subject, self.url))
                 log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
+        return sent
 
     def _envelope(self, subject: str, parcel: Parcel) -> tuple[str, str, tuple[int, ...]]:
         """(subject, reply, the tokens of the questions) of a parcel; an answer has neither of the latter."""
@@ -451,6 +459,12 @@ async def _end_client(client: Client) -> None:
             await client.close()
     except Exception as error:  # a client that never connected, or hangs: it is off the wire either way
         log.debug("nats client did not close", error=f"{type(error).__name__}: {error}")
+
+
+@lru_cache(maxsize=1_024)  # they are few, and each is asked again and again
+def _may_be_asked(subject: str) -> bool:
+    """Not what would end the protocol's line, or begin another; nor what would be taken for an answer."""
+    return re.search(r"\s|^$", subject) is None and not subject.endswith(INBOX_MARK)
 
 
 def _translated(error: Exception, subject: str, url: str) -> FerryError:

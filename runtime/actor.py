@@ -256,7 +256,7 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
 def run_query(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
     """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does."""
     _begin(instance, handler, [])
-    result = handler.function(instance, **jsonlike.copy(arguments))
+    result = handler.function(instance, **(jsonlike.copy(arguments) if arguments else {}))
     if type(result) in _ANSWERS or not inspect.isawaitable(result):
         return jsonlike.copy(result)
     if inspect.iscoroutine(result):
