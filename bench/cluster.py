@@ -31,20 +31,33 @@ class BenchCluster:
     context: StepContext
     client: Cluster
 
-    async def migrate(self, shard: int, destination: str, *, look_every_s: float = 0.002) -> Move:
-        """Move a shard by hand and wait for its record to end."""
+    async def migrate(self, shard: int, destination: str) -> Move:
+        """Move a shard by hand and wait for its record to end.
+
+        The map tells when there is something to read: to look for it all the time would take half a core from the move.
+        """
         asked = {"shard": shard, "destination": destination}
         answer = await control.ask(
             self.context.link, self.context.subjects, COORDINATOR, "migrate", asked, timeout_s=5.0
         )
         plan_id = answer["plan"]["id"]
+        (move,) = await self.context.store.moves(plan_id=plan_id)
+        await until(lambda: self._told(move), "the map to tell how the move ended")
 
         async def ended() -> Move | None:
-            moves = await self.context.store.moves(plan_id=plan_id)
-            return moves[0] if moves and moves[0].status in TERMINAL else None
+            latest = await self.context.store.move(move.id)
+            return latest if latest is not None and latest.status in TERMINAL else None
 
-        move: Move = await until(ended, "the move to end", pause_s=look_every_s)
-        return move
+        found: Move = await until(ended, "the move to end", pause_s=0.002)
+        return found
+
+    async def _told(self, move: Move) -> bool | None:
+        """True once the map names the move as the last of its unit, or its record has ended without the map."""
+        entry = self.context.directory.get(move.unit)
+        if entry is not None and entry.ownership.last is not None and entry.ownership.last.move == move.id:
+            return True
+        latest = await self.context.store.move(move.id)
+        return True if latest is not None and latest.status in TERMINAL else None
 
     async def to_and_fro(self, actor: ActorId, moves: int) -> list[float]:
         """The blackouts of an idle actor's shard that goes between a and b, in milliseconds."""

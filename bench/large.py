@@ -70,7 +70,7 @@ async def _asks(bench: BenchCluster, runs: int, asking_s: float) -> list[Result]
             source = await bench.client.get_actor_node(LARGE)
             asked = await _small_actor(bench, "asked", on=source if kind == "source" else _other(source))
             at_rest = await _ask_while(bench, asked, asyncio.create_task(asyncio.sleep(asking_s)))
-            going_on = asyncio.create_task(_move(bench, LARGE, look_every_s=0.05))
+            going_on = asyncio.create_task(_move(bench, LARGE))
             asks = await _ask_while(bench, asked, going_on)
             move = going_on.result()
             assert move.started_at is not None
@@ -133,10 +133,10 @@ async def _small_actor(bench: BenchCluster, key: str, *, on: str | None = None) 
     raise RuntimeError(f"no shard is on node {on}")
 
 
-async def _move(bench: BenchCluster, actor: ActorId, *, look_every_s: float = 0.002) -> Move:
+async def _move(bench: BenchCluster, actor: ActorId) -> Move:
     here = await bench.client.get_actor_node(actor)
     shard = shard_of(actor, bench.context.directory.shards_total)
-    move = await bench.migrate(shard, _other(here), look_every_s=look_every_s)
+    move = await bench.migrate(shard, _other(here))
     if move.status is not MigrationStatus.COMPLETED:
         raise RuntimeError(f"move {move.id} ended {move.status}: {move.error}")
     return move

@@ -57,7 +57,11 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRequest:
-    """A source announces to the destination what it is about to send (`handle_migration_request`), page by page."""
+    """A source announces to the destination what it is about to send (`handle_migration_request`), page by page.
+
+    `verify` is set on the last page, once the gate is closed: when nothing lacks there, because it was copied ahead,
+    the answer is the acknowledgement already.
+    """
 
     move: str
     unit: str
@@ -65,6 +69,7 @@ class MigrationRequest:
     source: str
     destination: str
     rows: tuple[ManifestRow, ...]
+    verify: bool = False
 
 
 class _Strict(Schema):
@@ -124,6 +129,7 @@ class _MigrationRequestSchema(_Strict):
     source = _name
     destination = _name
     rows = _ManifestRows(required=True)
+    verify = fields.Boolean(load_default=False, truthy={True}, falsy={False})
 
     @post_load
     def build(self, values: dict[str, Any], **_: Any) -> MigrationRequest:
@@ -169,7 +175,11 @@ async def ask(
 
 def result_of(payload: bytes) -> dict[str, Any]:
     """What the other side answered. Raises the error it reported."""
-    answer = decode(payload)
+    return result_in(decode(payload))
+
+
+def result_in(answer: dict[str, Any]) -> dict[str, Any]:
+    """The result in one answer. Raises the error in it."""
     if "error" in answer:
         raise errors.from_wire(_object(answer["error"]))
     return _object(answer.get("ok"))

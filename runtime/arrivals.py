@@ -56,6 +56,7 @@ class StagedActors:
 
     def __init__(self, *, classes: ActorClasses, settings: Settings, clock: Callable[[], float]) -> None:
         self._classes, self._settings, self._clock = classes, settings, clock
+        self._turn_ahead = Turn(clock)
         self._moves: dict[str, _Staging] = {}
 
     def __len__(self) -> int:
@@ -124,8 +125,10 @@ class StagedActors:
                 arriving.received_bytes += size
             position += size
 
-    async def verify(self, move: str, *, until_s: float = math.inf) -> int:
+    async def verify(self, move: str, *, until_s: float = math.inf, ahead: bool = False) -> int:
         """Decode what arrived and check it against the manifest; returns how many actors are ready.
+
+        All moves that are copied `ahead` share one turn of the event loop: nobody stands still for them.
 
         After `until_s` on the clock it stops and returns what there is: ask again. Raises StateNotPortable when
         something is damaged or this node's code cannot take it, Unavailable when something is missing: the source
@@ -136,7 +139,7 @@ class StagedActors:
             raise Unavailable(f"move {move} is not staged here: send it again")
         staging.heard_at_s = self._clock()
         async with staging.verifying:
-            turn = Turn(self._clock)
+            turn = self._turn_ahead if ahead else Turn(self._clock)
             for arriving in list(staging.actors.values()):
                 if arriving.live is None:
                     arriving.live = await self._decode(move, arriving)

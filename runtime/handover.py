@@ -1,9 +1,10 @@
 """The node's side of a move: the verbs a worker asks for, at the source and at the destination.
 
     source        pause -> capture -> serialize -> send -> await_ack -> commit       or resume, at any point
-    destination              stage (handle_migration_request), chunks, verify, activate
+    destination              stage (handle_migration_request), chunks, verify (_ahead), activate
 
-Large states are staged and verified within `pause` already, before the gate is closed (runtime/precopy.py).
+`prepare` is capture to await_ack in one go. `precopy`, which `pause` includes, stages and verifies many or large states
+before the gate is closed (runtime/precopy.py).
 
 Every verb is idempotent under the move id, and acts only while this source is paused for that move. A source that is
 not (any more) raises NotApplicable: the map has moved on, and the worker reads there how.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -20,7 +22,7 @@ import structlog
 from routing import control, shard_map
 from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
 from routing.directory import Directory
-from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Unavailable
+from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Timeout, Unavailable, to_wire
 from routing.failpoints import Failpoints
 from routing.link import Link
 from routing.settings import Settings
@@ -74,18 +76,27 @@ class Handover:
         The whole unit, not only its live actors: otherwise a message would activate one in the middle of the move.
         Large states are copied before; while that goes on the answer has `"pending": true` and the gate is open.
         """
+        if (await self.precopy(request)).get("pending"):
+            held = self._host.units.get(request.unit)
+            return {"actors": len(held.actors) if held is not None else 0, "waiting": 0, "pending": True}
+        unit = await self._locked(request)
+        await self._host.close_gate(unit, request.move)
+        return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+
+    async def precopy(self, request: StepRequest) -> dict[str, Any]:
+        """Copy ahead what would take long with the gate closed. `"pending": true`: it goes on, ask again.
+
+        Small moves that share a chain are all copied before the first of them is paused.
+        """
         unit = await self._locked(request)
         outgoing = self._outgoing.get(request.unit)
         if outgoing is None or outgoing.move != request.move:
             if outgoing is not None:
                 outgoing.cancel()
             outgoing = self._outgoing[request.unit] = Outgoing(request.move)
-        if unit.state is UnitState.OPEN and not outgoing.precopy_over and self._precopy.candidates(unit):
-            if not await self._precopied(unit, request, outgoing):
-                return {"actors": len(unit.actors), "waiting": 0, "pending": True}
-            unit = await self._locked(request)
-        await self._host.close_gate(unit, request.move)
-        return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+        if unit.state is not UnitState.OPEN or outgoing.precopy_over or not self._precopy.candidates(unit):
+            return {}
+        return {} if await self._precopied(unit, request, outgoing) else {"pending": True}
 
     async def _locked(self, request: StepRequest) -> Unit:
         """The unit as held here, locked for this move by the map as it is now. Raises NotApplicable, Unavailable."""
@@ -116,6 +127,33 @@ class Handover:
             self._host.counters["precopies_failed"] += 1
             outgoing.precopy_over = True
         return outgoing.precopy_over
+
+    async def prepare(self, request: StepRequest) -> dict[str, Any]:
+        """Take the steps up to COMMIT in one go, as far as half a step's time lasts.
+
+        Answers `{verb: {"ok": its answer}}`, and at the end `{verb: {"error": ...}}` when one was refused. What takes
+        long is left out: whoever asks for that verb then waits.
+        """
+        _, outgoing = self._paused(request)
+        if outgoing.ahead is None:
+            outgoing.prepared.clear()
+            outgoing.ahead = Errand(self._spawn, self._go_ahead(request, outgoing))
+        ahead = outgoing.ahead
+        await ahead.ends_within(self._patience_s)
+        return dict(outgoing.prepared)
+
+    async def _go_ahead(self, request: StepRequest, outgoing: Outgoing) -> None:
+        for verb in ("capture", "serialize", "send", "await_ack"):
+            try:
+                self._failpoints.hit(verb)
+                answer = await getattr(self, verb)(request)
+            except FerryError as error:
+                log.info("not prepared any further", verb=verb, move=request.move, error=str(error))
+                outgoing.prepared[verb], outgoing.ahead = {"error": to_wire(error)}, None  # asked again, it tries again
+                return
+            if answer.get("pending"):
+                return
+            outgoing.prepared[verb] = {"ok": answer}
 
     async def capture(self, request: StepRequest) -> dict[str, Any]:
         """Take the state of every live actor at the last sequence of its log. Answers a page of rows.
@@ -203,7 +241,7 @@ class Handover:
         def acknowledged() -> None:
             self._extend_pause(unit, request)
 
-        lacking = await self._announce(request, outgoing.rows or [])
+        lacking, outgoing.word = await self._announce(request, outgoing.rows or [], verify=True)
         payloads = [(index, outgoing.payload(index)) for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=acknowledged)
         outgoing.sent_bytes, outgoing.sent = sum(len(payload) for _, payload in payloads), True
@@ -217,6 +255,9 @@ class Handover:
         unit, outgoing = self._paused(request)
         if not outgoing.sent:
             raise NotApplicable(f"move {request.move} is not sent yet")
+        if outgoing.word is not None:
+            outgoing.heir, outgoing.word = outgoing.word, None
+            return {"actors": len(outgoing.rows or ())}
         if outgoing.acknowledging is None or outgoing.acknowledging.told:
             outgoing.acknowledging = Errand(self._spawn, self._acknowledge(unit, request, outgoing))
         if not await outgoing.acknowledging.ends_within(self._patience_s):
@@ -247,17 +288,27 @@ class Handover:
 
     async def _verify_precopied(self, request: StepRequest) -> None:
         """Have the destination decode ahead what was copied ahead: that takes no less time than sending it."""
-        while (await self._ask_destination(request, "verify", request)).get("pending"):
+        while (await self._ask_destination(request, "verify_ahead", request)).get("pending"):
             pass
 
-    async def _announce(self, request: StepRequest, rows: list[ManifestRow]) -> list[int]:
-        """Tell the destination what is coming; returns the indexes of the rows that it lacks."""
+    async def _announce(
+        self, request: StepRequest, rows: list[ManifestRow], *, verify: bool = False
+    ) -> tuple[list[int], str | None]:
+        """Tell the destination what is coming.
+
+        Returns the indexes of the rows that it lacks, and, when it lacks none and has verified all of them already, its
+        incarnation.
+        """
         lacking: list[int] = []
-        for page in manifest_pages(request, rows):
-            lacking += numbers(await self._ask_destination(request, "stage", page), "lacking")
+        word = None
+        for page in manifest_pages(request, rows, verify=verify):
+            answer = await self._ask_destination(request, "stage", page)
+            lacking += numbers(answer, "lacking")
+            if "incarnation" in answer and number(answer, "actors") == len(rows):
+                word = text(answer, "incarnation")
         if any(index >= len(rows) for index in lacking):
             raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
-        return lacking
+        return lacking, word if not lacking else None
 
     def _check_room(self, outgoing: Outgoing, more_bytes: int = 0) -> None:
         """Raises PayloadTooLarge when a move alone exceeds what may be held on its way, Busy when all together do."""
@@ -284,11 +335,20 @@ class Handover:
         assert unit.pause is not None
         began_s, waiting = unit.pause.began_s, len(unit.buffer)
         dropped = list(unit.actors.values())  # giving their memory back takes a while: not while everybody waits
-        await self._write_commit(request, outgoing.heir)
+        activating = Errand(self._spawn, self._activated(request))  # begun now, it waits there for the map's news
+        try:
+            await self._write_commit(request, outgoing.heir)
+        except BaseException:
+            activating.cancel()
+            raise
         self._failpoints.hit("committed")
         answer: dict[str, Any] = {"blackout_ms": None, "waiting": waiting}
         try:
-            await self._ask_destination(request, "activate", request)
+            try:
+                if not await activating.ends_within(ACTIVATE_S):
+                    raise Timeout(f"{request.destination} does not answer within {ACTIVATE_S:g} s")
+            except NotApplicable:  # the news was late, or was looked for too early
+                await self._activated(request)
             answer["blackout_ms"] = round((self._clock() - began_s) * 1000, 3)
         except FerryError as error:
             log.warning("destination has not answered; it activates from the map", move=request.move, error=str(error))
@@ -299,6 +359,9 @@ class Handover:
         while len(self._committed) > COMMITS_REMEMBERED:
             self._committed.popitem(last=False)
         return answer
+
+    async def _activated(self, request: StepRequest) -> None:
+        await self._ask_destination(request, "activate", request)
 
     async def _write_commit(self, request: StepRequest, heir: str) -> None:
         """Write COMMIT, once. A write of unknown fate leaves the gate closed and is settled by reading again."""
@@ -332,7 +395,13 @@ class Handover:
         view = entry.ownership if entry is not None else None
         if view is None or view.move != request.move or view.destination != self._host.node_id:
             raise NotApplicable(f"{request.unit} is not coming here with {request.move}")
-        return {"lacking": self._arrivals.announce(request)}
+        lacking = self._arrivals.announce(request)
+        answer: dict[str, Any] = {"lacking": lacking}
+        if request.verify and not lacking:
+            with suppress(FerryError):  # whoever asks for the acknowledgement is told
+                verified = await self._verified_here(request.move)
+                answer |= {} if verified.get("pending") else verified
+        return answer
 
     async def verify(self, request: StepRequest) -> dict[str, Any]:
         """Check and decode what arrived, and bring it to the version it was announced at.
@@ -340,11 +409,18 @@ class Handover:
         Answers `{"actors", "incarnation"}`, with `"pending": true` while there is more to do: ask again. Raises
         Unavailable when something is missing, StateNotPortable.
         """
+        return await self._verified_here(request.move)
+
+    async def _verified_here(self, move: str, *, ahead: bool = False) -> dict[str, Any]:
         until_s = self._clock() + self._settings.append_timeout_s * PATIENCE
-        ready = await self._arrivals.verify(request.move, until_s=until_s)
-        await self._arrivals.catch_up(request.move, self._mailboxes.replay_on)
+        ready = await self._arrivals.verify(move, until_s=until_s, ahead=ahead)
+        await self._arrivals.catch_up(move, self._mailboxes.replay_on)
         answer: dict[str, Any] = {"actors": ready, "incarnation": self._host.incarnation}
-        return answer if ready == self._arrivals.announced(request.move) else answer | {"pending": True}
+        return answer if ready == self._arrivals.announced(move) else answer | {"pending": True}
+
+    async def verify_ahead(self, request: StepRequest) -> dict[str, Any]:
+        """The same for what is copied ahead, before anybody stands still for it."""
+        return await self._verified_here(request.move, ahead=True)
 
     async def activate(self, request: StepRequest) -> dict[str, Any]:
         """The source has committed: take the unit over now instead of when the map's news arrives."""

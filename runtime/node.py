@@ -312,7 +312,10 @@ class Node:
 
     def _control_verbs(self) -> dict[str, tuple[Any, Callable[[Any], Coroutine[Any, Any, dict[str, Any]]]]]:
         handover = self._handover
-        steps = ("pause", "capture", "serialize", "send", "await_ack", "commit", "resume", "verify", "activate")
+        steps = (
+            "precopy", "pause", "prepare", "capture", "serialize", "send", "await_ack", "commit", "resume",
+            "verify", "verify_ahead", "activate",
+        )  # fmt: skip
         return {
             **{verb: (STEP_REQUEST, getattr(handover, verb)) for verb in steps},
             "stage": (MIGRATION_REQUEST, handover.handle_migration_request),

@@ -116,6 +116,8 @@ class Outgoing:
     precopied: dict[ActorId, Leaving] = field(default_factory=dict)
     precopy: Errand | None = None
     precopy_over: bool = False  # done or failed, it is tried once
+    ahead: Errand | None = None  # the steps up to COMMIT, taken in one go
+    prepared: dict[str, Any] = field(default_factory=dict)  # what they answered
     leaving: list[Leaving] | None = None  # everything to be handed over, once the gate is closed
     rows: list[ManifestRow] | None = None
     sending: Errand | None = None
@@ -123,6 +125,7 @@ class Outgoing:
     sent_bytes: int = 0
     held_bytes: int = 0  # of everything captured for this move, as states or as payloads
     acknowledging: Errand | None = None
+    word: str | None = None  # the same, as it came with the answer to the manifest: `await_ack` takes it from here
     heir: str | None = None  # the incarnation of the destination that has acknowledged everything
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice prepares once
 
@@ -133,15 +136,17 @@ class Outgoing:
         return payload
 
     def cancel(self) -> None:
-        for errand in (self.precopy, self.sending, self.acknowledging):
+        for errand in (self.precopy, self.ahead, self.sending, self.acknowledging):
             if errand is not None:
                 errand.cancel()
 
 
-def manifest_pages(request: StepRequest, rows: list[ManifestRow]) -> Iterator[MigrationRequest]:
-    """At least one page, for an empty unit is announced too."""
-    for start in range(0, max(len(rows), 1), ROWS_PER_PAGE):
+def manifest_pages(request: StepRequest, rows: list[ManifestRow], *, verify: bool) -> Iterator[MigrationRequest]:
+    """At least one page, for an empty unit is announced too. `verify` goes with the last one."""
+    starts = range(0, max(len(rows), 1), ROWS_PER_PAGE)
+    for start in starts:
         yield MigrationRequest(
             move=request.move, unit=request.unit, epoch=request.epoch, source=request.source,
             destination=request.destination, rows=tuple(rows[start : start + ROWS_PER_PAGE]),
+            verify=verify and start == starts[-1],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Large states travel before the gate is closed: while the unit is locked for its move, and its actors go on.
+"""Many or large states travel before the gate is closed: while the unit is locked for its move, and its actors go on.
 
 A state is captured between two commands of its actor, at a version of its log, and staged at the destination. When the
 gate is closed, an actor that has not changed since costs one row of the manifest; of one that has, the destination
@@ -22,27 +22,34 @@ from runtime.live_actor import CHECKED_BYTES, LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.outgoing import Leaving, Outgoing
 from runtime.throttle import TokenBucket
+from runtime.turn import Turn
 from runtime.unit import Unit, UnitState
 
 log = structlog.get_logger("ferry.precopy")
 
-LOOKED_AT_ONCE = 64  # states measured before others get their turn
+FROM_ACTORS = 8  # of a unit, small as they may be: to capture, send and decode so many takes half a millisecond
 
 
 class Precopy:
-    """Copies the large states of units that are about to be paused."""
+    """Copies the states of units that are about to be paused, where that takes long."""
 
     def __init__(
         self, *, mailboxes: Mailboxes, sender: ChunkSender, settings: Settings, clock: Callable[[], float],
-        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]],
+        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[tuple[list[int], str | None]]],
         verify: Callable[[StepRequest], Awaitable[None]], check_room: Callable[[Outgoing, int], None],
     ) -> None:  # fmt: skip
         self._mailboxes, self._sender, self._settings, self._clock = mailboxes, sender, settings, clock
         self._announce, self._verify, self._check_room = announce, verify, check_room
+        self._turn = Turn(clock)  # of all units together: nobody waits for them
         self._throttle = TokenBucket(settings.precopy_bytes_per_s, 4 * settings.chunk_bytes, clock=clock)
 
     def candidates(self, unit: Unit) -> list[LiveActor]:
-        """Actors whose state is known to be large, or may be: one that was never encoded, or once was not small."""
+        """Whose state is to be copied ahead: all of a unit with many actors, else those that are large, or may be.
+
+        May be: one that was never encoded, or once was not small.
+        """
+        if len(unit.actors) >= FROM_ACTORS:
+            return [live for live in unit.actors.values() if live.instance is not None]
         least_bytes = min(self._settings.precopy_from_bytes, CHECKED_BYTES)
         return [
             live for live in unit.actors.values()
@@ -50,7 +57,7 @@ class Precopy:
         ]  # fmt: skip
 
     async def run(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> None:
-        """Copy what is large, and have the destination decode it.
+        """Copy what takes long, and have the destination decode it.
 
         Raises NotApplicable when the move has ended, and what the destination raises.
         """
@@ -62,10 +69,10 @@ class Precopy:
             if unit.locked_since_s is not None:
                 unit.locked_since_s = self._clock()  # the lock is followed by work: nobody has left it alone
 
-        for number, live in enumerate(self.candidates(unit)):
-            if number % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
-                await asyncio.sleep(0)
-            leaving = await self._prepared(live, outgoing)
+        least_bytes = self._least_bytes(unit)
+        for live in self.candidates(unit):
+            leaving = await self._prepared(live, outgoing, least_bytes)
+            await self._turn.over()
             goes_on()
             if leaving is not None:
                 outgoing.precopied[live.actor_id] = leaving
@@ -73,16 +80,19 @@ class Precopy:
         if not outgoing.precopied:
             return
         copied = list(outgoing.precopied.values())
-        lacking = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
+        lacking, _ = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
         payloads = [(index, copied[index].payload or b"") for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=goes_on, throttle=self._throttle)
         await self._verify(request)
         goes_on()
 
-    async def _prepared(self, live: LiveActor, outgoing: Outgoing) -> Leaving | None:
+    def _least_bytes(self, unit: Unit) -> int:
+        return 0 if len(unit.actors) >= FROM_ACTORS else self._settings.precopy_from_bytes
+
+    async def _prepared(self, live: LiveActor, outgoing: Outgoing, least_bytes: int) -> Leaving | None:
         """A large state as it travels; None for one that is small, or does not travel: the capture will say why."""
         try:
-            leaving = await self._capture(live)
+            leaving = await self._capture(live, least_bytes)
             if leaving is not None:
                 self._check_room(outgoing, leaving.state_bytes)
                 await leaving.encode(self._settings.max_state_bytes)
@@ -91,9 +101,8 @@ class Precopy:
             log.warning("not copied ahead", actor=str(live.actor_id), error=str(error))
             return None
 
-    async def _capture(self, live: LiveActor) -> Leaving | None:
-        """The state between two commands; None when it is small, or not what the log says at the moment."""
-        least_bytes = self._settings.precopy_from_bytes
+    async def _capture(self, live: LiveActor, least_bytes: int) -> Leaving | None:
+        """The state between two commands; None when it is smaller, or not what the log says at the moment."""
 
         def capture() -> Leaving | None:
             if live.dirty or live.instance is None:
@@ -101,6 +110,8 @@ class Precopy:
             leaving = Leaving.of(live)
             return leaving if leaving.state_bytes >= least_bytes else None
 
+        if not live.running:
+            return capture()
         try:
             async with asyncio.timeout(self._settings.drain_handlers_s):
                 return await self._mailboxes.between_commands(live, capture)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
 from workflows import settlement
-from workflows.records import TERMINAL, ActorRow, MigrationStatus, Move, advance
+from workflows.ahead import Ahead
+from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move, advance
 from workflows.settlement import Settlement
 from workflows.store import RecordStore
 
@@ -38,6 +39,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 MOVES_RECALLED = 256  # a worker has few moves on their way at a time
+PROMPT_S = 0.01  # a status is recorded by then at the latest; most often several go in one save
 SAVE_ATTEMPTS = 8  # a move has six steps, each of which saves once
 
 
@@ -52,20 +54,66 @@ class StepContext:
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
         self._saving: OrderedDict[str, asyncio.Task[Move]] = OrderedDict()
-        self._asked: OrderedDict[tuple[str, str], asyncio.Task[dict[str, Any]]] = OrderedDict()
+        self._unsaved: dict[str, list[tuple[Move, Sequence[ActorRow]]]] = {}
+        self._about_to_save: set[str] = set()
+        self._ahead: OrderedDict[str, Ahead] = OrderedDict()
+        self._running: set[asyncio.Task[None]] = set()
+        self._answers: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
+
+    # -- running ahead -----------------------------------------------------------------------------------------------
+    def run_ahead(self, move_id: str, steps: Sequence[str], work: Callable[[Ahead], Coroutine[Any, Any, None]]) -> None:
+        """Take steps of a move while Celery still hands its chain on; their tasks then find them taken."""
+        ahead = Ahead(steps)
+
+        async def run() -> None:
+            try:
+                await work(ahead)
+            finally:
+                ahead.end()
+                self.write_down(move_id)
+
+        _keep(self._ahead, move_id, ahead)
+        task = asyncio.get_running_loop().create_task(run())
+        self._running.add(task)
+        task.add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("not taken ahead, its task will tell", error=str(error))
+
+    def relieved(self, move_id: str, step: str) -> bool:
+        """Whether this process takes a step ahead of its task, which then has nothing to do. Any thread may ask."""
+        ahead = self._ahead.get(move_id)
+        return ahead is not None and ahead.relieves(step)
+
+    async def relieves(self, move_id: str, step: str) -> bool:
+        """The same, once it is certain of the last step that this process is just about to take."""
+        ahead = self._ahead.get(move_id)
+        return ahead is not None and await ahead.take(step)
+
+    async def prepare(self, move: Move) -> None:
+        """Have the source take all steps up to COMMIT in one go. `ask` then has what it answered, as far as it got."""
+        asking = asyncio.get_running_loop().create_task(self._ask(move.source, "prepare", move, 0))
+        await asyncio.wait([asking], timeout=PROMPT_S)
+        if not asking.done():
+            self.write_down(move.id)
+        for verb, prepared in (await asking).items():
+            if isinstance(prepared, dict):
+                _keep(self._answers, (move.id, verb), prepared)
+
+    def is_prepared(self, move_id: str, verb: str) -> bool:
+        """Whether `ask` has the answer already, and it is no refusal: that is for the step's own task."""
+        return "ok" in self._answers.get((move_id, verb), {})
 
     # -- asking a node -----------------------------------------------------------------------------------------------
     async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0) -> dict[str, Any]:
         """Ask a node for one verb of a move. Raises what the node reported, Unavailable, Timeout."""
-        asked = self._asked.pop((move.id, verb), None) if offset == 0 else None
-        return await (asked if asked is not None else self._ask(node, verb, move, offset))
-
-    def ask_ahead(self, node: str, verb: str, move: Move) -> None:
-        """Ask for the verb of the step that comes next, while Celery hands the chain on. `ask` then has the answer.
-
-        For verbs that may as well be asked twice, or for nothing: all but COMMIT, which waits for its own task.
-        """
-        _begin(self._asked, (move.id, verb), self._ask(node, verb, move, 0))
+        prepared = self._answers.pop((move.id, verb), None) if offset == 0 else None
+        if prepared is not None:
+            return control.result_in(prepared)
+        self.write_down(move.id)  # what it has passed is saved while the node is at work
+        return await self._ask(node, verb, move, offset)
 
     async def _ask(self, node: str, verb: str, move: Move, offset: int) -> dict[str, Any]:
         request = StepRequest(
@@ -81,7 +129,7 @@ class StepContext:
         """
         answer = await self.ask(node, verb, move)
         while answer.get("pending"):
-            move = await self.store.save(replace(move, step_at=self.now()))
+            move = await self._save_behind(replace(move, step_at=self.now()))
             answer = await self.ask(node, verb, move)
         return move, answer
 
@@ -108,13 +156,44 @@ class StepContext:
     def passed(
         self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
     ) -> Move:
-        """Record that a move is past a step, while Celery hands its chain on. `recall` waits for it and sees failures.
+        """Note that a move is past a step, to be recorded soon (`write_down`), while Celery hands its chain on.
 
-        Should this process die first, the record is a step behind; the next step then takes that one again.
+        `recall` waits for the save and sees its failure. Should this process die first, the record is some steps
+        behind; the next task then takes those again.
         """
         after = advance(move, status, now=self.now(), **changes)
-        _begin(self._saving, move.id, self.store.save(after, actors=actors or []))
+        self._unsaved.setdefault(move.id, []).append((after, actors or []))
         return after
+
+    def write_down(self, move_id: str) -> None:
+        """Begin to save what a move has passed, unless a save is just about to begin, which takes it along."""
+        if move_id in self._unsaved and move_id not in self._about_to_save:
+            self._about_to_save.add(move_id)
+            saving = asyncio.get_running_loop().create_task(self._save_passed(move_id, self._saving.get(move_id)))
+            saving.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is the next step's
+            _keep(self._saving, move_id, saving)
+
+    async def _save_passed(self, move_id: str, before: asyncio.Task[Move] | None) -> Move:
+        """Save what a move has passed since the save `before` this one, on whose revision it builds."""
+        try:
+            revision = 0 if before is None else (await before).revision
+        finally:
+            passed = self._unsaved.pop(move_id)
+            self._about_to_save.discard(move_id)
+        *through, (last, _) = passed
+        rows = {row.index: row for _, rows in passed for row in rows}
+        return await self.store.save(
+            replace(last, revision=max(last.revision, revision)), actors=list(rows.values()),
+            through=[move for move, _ in through],
+        )  # fmt: skip
+
+    async def _save_behind(self, move: Move) -> Move:
+        """Save a move after what it has passed. Raises WrongSequence when somebody else recorded meanwhile."""
+        self.write_down(move.id)
+        before = self._saving.get(move.id)
+        if before is not None:
+            move = replace(move, revision=max(move.revision, (await asyncio.shield(before)).revision))
+        return await self.store.save(move)
 
     async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
         """A move's record as this process saved it last, or, with `fresh` or without such, as stored.
@@ -122,10 +201,11 @@ class StepContext:
         The former may be out of date: then nodes refuse what is asked, and the store what is saved. Raises Unavailable,
         Timeout when that save failed.
         """
+        self.write_down(move_id)
         saving = self._saving.pop(move_id, None)
         if saving is not None:
             try:
-                saved = await saving
+                saved = await asyncio.shield(saving)
             except WrongSequence as error:
                 log.info("record was saved by another", move=move_id, error=str(error))
             except TransientError:
@@ -214,12 +294,11 @@ class StepContext:
         )  # fmt: skip
 
 
-def _begin(begun: OrderedDict[K, asyncio.Task[T]], name: K, work: Coroutine[Any, Any, T]) -> None:
-    """Begin something that a later step waits for. Its failure is that step's, or nobody's if that never comes."""
-    task = begun[name] = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    while len(begun) > MOVES_RECALLED:
-        begun.popitem(last=False)
+def _keep(kept: OrderedDict[K, T], name: K, value: T) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    while len(kept) > MOVES_RECALLED * len(STEPS):
+        kept.popitem(last=False)
 
 
 class Worker:
@@ -245,6 +324,11 @@ class Worker:
             if cls._current is None or cls._current._pid != os.getpid():
                 cls._current = cls(settings)
             return cls._current
+
+    def relieved(self, step: str, move_ids: Sequence[str]) -> bool:
+        """Whether the task of a step has nothing to do for any of the moves: then no thread has to wait for another."""
+        context = self._context
+        return context is not None and all(context.relieved(move_id, step) for move_id in move_ids)
 
     def run(self, act: Callable[[StepContext], Coroutine[Any, Any, T]]) -> T:
         """Run `act` on the loop and wait for it, at most the task time limit. Raises Timeout after that."""

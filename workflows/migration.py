@@ -11,7 +11,7 @@ that go the same way share a chain, a convoy: each step is then taken by all of 
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
-                  pause -----------> copies large states ahead ----------> stages, inactive
+                  pause -----------> copies many or large states ahead --> stages, inactive
                                      closes the gate, handlers finish
     2 capture     capture ---------> state at the log's last sequence
     3 serialize   serialize -------> bytes, digests, limits
@@ -28,8 +28,9 @@ the map, the destination serves only because of the map, and what was transferre
 actor's log before its first use. So a step may run twice, late, or days later, and a worker may die anywhere: a step
 that no longer applies returns quietly, and what nobody drives on is ended from the map (workflows/coordinator.py).
 
-Why it is fast: a step's record is saved, and the next step's node asked, while Celery hands the chain on. COMMIT alone
-waits for its own task.
+Why it is fast: steps 2 to 5 follow from the pause and can be repeated, so the worker has them taken in one go, and
+recorded, while Celery hands the chain on; their tasks find them taken (workflows/ahead.py). COMMIT waits for its own
+task.
 
 Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached.
 """
@@ -41,6 +42,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -48,6 +50,7 @@ from celery import Task, chain
 
 from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError, WrongSequence
 from routing.shard_map import Outcome
+from workflows.ahead import Ahead
 from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
 from workflows.context import StepContext, Worker
 from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move
@@ -56,7 +59,7 @@ log = structlog.get_logger("ferry.migration")
 
 STEP_RETRIES = 4  # then the move rolls back; with the back-off below that is 1.5 to 3 s, well within the pause lease
 RETRY_FIRST_S = 0.1
-BEHIND_S = 0.02  # a step's record is saved while its chain is handed on: mostly it arrives first, or a moment later
+BEHIND_S = (0.005, 0.02)  # steps are recorded while the chain is handed on: another worker may have to wait a moment
 
 
 # -- the six steps, in the order of time -----------------------------------------------------------------------------
@@ -64,8 +67,8 @@ async def pause(context: StepContext, move: Move) -> Move:
     """Lock the shard in the map and close its gate at the source.
 
     Before: planned; the record names the revision of the map that LOCK must replace.
-    Does: LOCK; the source copies large states ahead while their actors go on; then it stops the whole shard between
-        two commands and keeps what arrives.
+    Does: LOCK; the source copies many or large states ahead while their actors go on; then it stops the whole shard
+        between two commands and keeps what arrives.
     Safe to repeat because: a lock for this move is found, not taken twice; closing a closed gate does nothing.
     Raises: NotApplicable when the shard changed hands since; Busy while handlers still run; Unavailable, Timeout.
     Undo: ABORT opens the gate, what waited goes first.
@@ -185,24 +188,24 @@ Act = Callable[[StepContext, Move], Awaitable[Move]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its name, what it does, how urgent it is.
+    """One step: its name, what it does, how urgent it is, and whether it may be taken ahead of its task.
 
-    Its node may be asked for it already while Celery hands the chain on, unless that cannot be taken back.
+    It may when it follows from the pause and ABORT undoes it.
     """
 
     name: str
     act: Act
     priority: int
-    may_run_ahead: bool = True
+    may_run_ahead: bool = False
 
 
 CHAIN: tuple[Step, ...] = (
     Step("pause", pause, PRIORITY_PAUSE),
-    Step("capture", capture, PRIORITY_BEGUN),
-    Step("serialize", serialize, PRIORITY_BEGUN),
-    Step("send", send, PRIORITY_BEGUN),
-    Step("await_ack", await_ack, PRIORITY_BEGUN),
-    Step("delete", delete, PRIORITY_BEGUN, may_run_ahead=False),
+    Step("capture", capture, PRIORITY_BEGUN, may_run_ahead=True),
+    Step("serialize", serialize, PRIORITY_BEGUN, may_run_ahead=True),
+    Step("send", send, PRIORITY_BEGUN, may_run_ahead=True),
+    Step("await_ack", await_ack, PRIORITY_BEGUN, may_run_ahead=True),
+    Step("delete", delete, PRIORITY_BEGUN),
 )
 assert tuple(step.name for step in CHAIN) == STEPS
 
@@ -212,8 +215,10 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
 
     A step before it that is not recorded, because its worker died too early, is taken again first.
     """
+    if attempt == 0 and await context.relieves(move_id, step.name):
+        return
     move = await context.recall(move_id, fresh=attempt > 0)
-    for pause_s in (0.0, BEHIND_S):
+    for pause_s in BEHIND_S:
         if move is not None and _place(move.step) < _place(step.name):  # another worker's record, perhaps on its way
             await asyncio.sleep(pause_s)
             move = await context.recall(move_id, fresh=True)
@@ -221,18 +226,33 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
         due = CHAIN[_place(move.step)]
         done = await _act(due, context, move, attempt)
         if due is step:
-            _ask_ahead(step, context, done)
+            _run_ahead(step, context, done)
             return
         move = await context.recall(move_id)
     log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
 
 
-def _ask_ahead(step: Step, context: StepContext, done: Move) -> None:
-    """Have the node of the next step begin already."""
-    if step is not CHAIN[-1] and done.status not in TERMINAL:
-        following = CHAIN[_place(step.name) + 1]
-        if following.may_run_ahead:
-            context.ask_ahead(done.source, following.name, done)
+def _run_ahead(step: Step, context: StepContext, done: Move) -> None:
+    """After the pause, go on with the steps up to COMMIT while Celery hands the chain on to them."""
+    if step is CHAIN[0] and done.status not in TERMINAL:
+        names = [later.name for later in CHAIN if later.may_run_ahead]
+        context.run_ahead(done.id, names, partial(_go_on, context, done))
+    else:
+        context.write_down(done.id)
+
+
+async def _go_on(context: StepContext, move: Move, ahead: Ahead) -> None:
+    """Steps ahead of their tasks, as far as the source has taken them. The next one's own task goes on from there."""
+    await context.prepare(move)
+    for step in CHAIN:
+        if not step.may_run_ahead:
+            continue
+        if not context.is_prepared(move.id, step.name):
+            return
+        context.failpoints.hit(f"{step.name}.begin")
+        move = await step.act(context, replace(move, attempts=move.attempts + 1))
+        context.failpoints.hit(f"{step.name}.end")
+        ahead.taken(step.name)
 
 
 async def _act(step: Step, context: StepContext, move: Move, attempt: int) -> Move:
@@ -262,6 +282,8 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
 
     Raises what may pass, and then all are tried again: those that have taken the step say so quietly.
     """
+    if step is CHAIN[0] and attempt == 0:
+        await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
     outcomes = await asyncio.gather(
         *(take(step, context, move_id, attempt) for move_id in move_ids), return_exceptions=True
     )
@@ -278,6 +300,18 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
     return for_good
 
 
+async def _copy_ahead(context: StepContext, move_id: str) -> None:
+    """LOCK one move of a convoy and copy it ahead, before the gate of any is closed. `pause` tells what fails."""
+    move = await context.recall(move_id)
+    if move is None or move.step != CHAIN[0].name:
+        return
+    try:
+        entry = await context.lock(move)
+        await context.ask_through(move.source, "precopy", replace(move, epoch=entry.ownership.epoch))
+    except (PermanentError, TransientError, InDoubt, WrongSequence) as error:
+        log.info("not copied ahead", move=move_id, error=str(error))
+
+
 async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
     move = await context.store.move(move_id)
     if move is not None and move.status not in TERMINAL:
@@ -291,6 +325,8 @@ def _task_for(step: Step) -> Any:
     @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)
     def task(self: Task, *move_ids: str) -> None:
         retries = self.request.retries
+        if not retries and Worker.get(settings).relieved(step.name, move_ids):
+            return
         try:
             if len(move_ids) == 1:
                 Worker.get(settings).run(lambda context: take(step, context, move_ids[0], retries))

@@ -208,12 +208,13 @@ class RecordStore:
 
     # -- moves -----------------------------------------------------------------------------------------------------
     @_one_trip
-    async def save(self, move: Move, *, actors: Sequence[ActorRow] = ()) -> Move:
+    async def save(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
         """Write a move and these of its rows in one round trip; return the move with its new revision.
 
+        `through` is the move at each status that it has passed since it was saved, for the audit stream.
         Raises WrongSequence when `move.revision` is no longer the stored one: somebody wrote first, read again.
         """
-        return _accepted(move, await self._saved_together(self._saving(move, actors)))
+        return _accepted(move, await self._saved_together(self._saving(move, actors, through)))
 
     @_many_trips
     async def save_many(self, moves: Sequence[Move]) -> list[Move]:
@@ -429,7 +430,7 @@ class RecordStore:
             )
         return [_accepted(move, verdict) for (move, _), verdict in zip(writes, verdicts, strict=True)]
 
-    def _saving(self, move: Move, actors: Sequence[ActorRow]) -> dict[str, Any]:
+    def _saving(self, move: Move, actors: Sequence[ActorRow], through: Sequence[Move] = ()) -> dict[str, Any]:
         """Keys and arguments of SAVE_MOVE, in the order in which it reads them."""
         keys = self._keys
         outcome = (
@@ -439,6 +440,7 @@ class RecordStore:
         rows = [
             part for row in actors for part in (str(row.index), orjson.dumps(row))
         ]  # not by a schema: ten times slower
+        passed = [part for step in (*through, move) for part in (step.status.value, _event(step))]
         return {
             "keys": [
                 keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
@@ -446,8 +448,8 @@ class RecordStore:
                 keys.plan(move.plan_id), keys.records, keys.audit,
             ],
             "args": [
-                move.id, move.revision, document, move.status.value, outcome,
-                move.created_at, _event(move), AUDIT_EVENTS, *rows,
+                move.id, move.revision, document, outcome, move.created_at, AUDIT_EVENTS,
+                len(through) + 1, *passed, *rows,
             ],
         }  # fmt: skip
 

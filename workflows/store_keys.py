@@ -57,12 +57,14 @@ class Keys:
 
 
 # Compare-and-set of one move with everything that hangs on it. Answers {1} or {0, the revision that is stored}.
+# ARGV[7] is how many statuses the move has passed since, each with its audit event; the last is the one it has now.
 # A creation that is repeated word for word succeeds again: its first answer was lost.
 SAVE_MOVE = """
 local move, rows, moves, plan_moves, shard_moves, status_prefix = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local unfinished, finished, plan, records, audit = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
-local id, expected, document, status, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local created_at, event, audit_events = ARGV[6], ARGV[7], ARGV[8]
+local id, expected, document, outcome, created_at = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local audit_events, first_row = ARGV[6], 8 + 2 * tonumber(ARGV[7])
+local status = ARGV[first_row - 2]
 
 local stored = redis.call('HMGET', move, 'revision', 'status', 'document')
 local revision, before = stored[1] or '0', stored[2]
@@ -73,7 +75,7 @@ end
 
 local weight = before and math.max(1, redis.call('HLEN', rows)) or 0
 redis.call('HSET', move, 'document', document, 'revision', tonumber(expected) + 1, 'status', status)
-for i = 9, #ARGV, 2 do redis.call('HSET', rows, ARGV[i], ARGV[i + 1]) end
+for i = first_row, #ARGV, 2 do redis.call('HSET', rows, ARGV[i], ARGV[i + 1]) end
 local growth = math.max(1, redis.call('HLEN', rows)) - weight
 if growth ~= 0 then redis.call('INCRBY', records, growth) end
 
@@ -82,7 +84,13 @@ redis.call('ZADD', status_prefix .. status, created_at, id)
 local plan_exists = redis.call('EXISTS', plan) == 1
 if before then
     redis.call('ZREM', status_prefix .. before, id)
-    redis.call('XADD', audit, 'MAXLEN', '~', audit_events, '*', 'before', before, 'after', status, 'event', event)
+    local last = before
+    for i = 8, first_row - 2, 2 do
+        redis.call(
+            'XADD', audit, 'MAXLEN', '~', audit_events, '*', 'before', last, 'after', ARGV[i], 'event', ARGV[i + 1]
+        )
+        last = ARGV[i]
+    end
 else
     for _, index in ipairs({moves, plan_moves, shard_moves}) do redis.call('ZADD', index, created_at, id) end
     redis.call('SADD', unfinished, id)

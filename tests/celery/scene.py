@@ -85,7 +85,9 @@ class Scene:
         """Take a move as far as a worker does that dies right after COMMIT: the map has it, the record does not."""
         for step in migration.CHAIN[:-1]:
             await migration.take(step, self.context, planned.id, 0)
-        await self.context.ask(planned.source, "commit", await self.record(planned))
+        acked = await self.context.recall(planned.id)  # once its record is saved
+        assert acked is not None
+        await self.context.ask(planned.source, "commit", acked)
         assert (await self.owner(planned.shard)).outcome_of(planned.id) is Outcome.COMMITTED
         assert (await self.record(planned)).status is MigrationStatus.ACKED
 

@@ -243,6 +243,26 @@ async def test_saving_without_a_change_of_status_adds_no_event(store: RecordStor
     assert (event.source, event.destination, event.before, event.after) == ("a", "b", PLANNED, PAUSED)
 
 
+async def test_statuses_passed_since_the_last_save_go_in_one_and_each_has_its_event(store: RecordStore) -> None:
+    """One revision, one place in the index of statuses, and the audit as if each had been saved."""
+    (move,) = await created(store, 1)
+    paused = advance(move, PAUSED, now=200.0)
+    captured = advance(paused, MigrationStatus.CAPTURED, now=201.0)
+    serialized = advance(captured, MigrationStatus.SERIALIZED, now=202.0)
+
+    saved = await store.save(serialized, actors=rows(move), through=[paused, captured])
+
+    assert saved.revision == move.revision + 1
+    assert await store.move(move.id) == saved
+    assert ids(await store.moves(status=MigrationStatus.SERIALIZED)) == [move.id]
+    assert await store.moves(status=PAUSED) == []
+    changes = [(event.before, event.after, event.at) for event in reversed(await store.audit())]
+    assert changes == [
+        (PLANNED, PAUSED, 200.0), (PAUSED, MigrationStatus.CAPTURED, 201.0),
+        (MigrationStatus.CAPTURED, MigrationStatus.SERIALIZED, 202.0),
+    ]  # fmt: skip
+
+
 async def test_saving_many_writes_all_but_the_refused_ones(store: RecordStore) -> None:
     """One loser does not hold up the others, and is not passed over in silence."""
     stored = await created(store, 3)

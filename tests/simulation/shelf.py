@@ -96,7 +96,7 @@ class Shelf:
         return [self.plans_by_id[plan_id] for plan_id in self.listed if not self.plans_by_id[plan_id].finished_at]
 
     # -- moves -------------------------------------------------------------------------------------------------------
-    async def save(self, move: Move, *, actors: Sequence[ActorRow] = ()) -> Move:
+    async def save(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
         return await self._trip(lambda: self._save(move, actors))
 
     def _save(self, move: Move, actors: Sequence[ActorRow]) -> Move:

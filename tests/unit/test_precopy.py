@@ -12,6 +12,7 @@ import pytest
 from routing.address import ActorId
 from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable
 from runtime.journal import Kind, Record
+from runtime.precopy import FROM_ACTORS
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
 from tests.unit.virtual_time import until, virtually
 
@@ -335,18 +336,18 @@ async def test_a_replay_that_fails_leaves_the_actor_lacking_instead_of_half() ->
         request = await small.lock("m", "b")
         await small.ask("pause", request)
         await small.send("k", "write", entry="one")
-        await small.steps(request, until_verb="send")
-        ahead = chunks(small)
-        arrivals = small.nodes["b"].node._arrivals
+        destination = small.nodes["b"].node
 
         async def fail(_: Any) -> None:
             raise Timeout("the log does not answer")
 
-        announced = arrivals._moves["m"].actors[0]
-        assert announced.live is not None
-        with pytest.raises(Timeout):
-            await arrivals.catch_up("m", fail)
+        await small.steps(request, until_verb="serialize")
+        ahead, replay_on = chunks(small), destination._handover._mailboxes.replay_on
+        destination._handover._mailboxes.replay_on = fail  # type: ignore[method-assign]
+        await small.step("send", request)
+        destination._handover._mailboxes.replay_on = replay_on  # type: ignore[method-assign]
 
+        announced = destination._arrivals._moves["m"].actors[0]
         assert announced.live is None
         await small.steps(request)
         assert chunks(small) > ahead
@@ -402,3 +403,62 @@ async def test_a_destination_that_lacks_what_was_never_announced_does_not_end_th
         await small.abort("m")
         assert await small.send("k", "write", entry="on") == 2
         assert not small.nodes["a"].task.done()
+
+
+@virtually
+async def test_a_unit_of_many_small_actors_is_copied_ahead_and_acknowledged_with_its_manifest() -> None:
+    """With the gate closed nothing is sent but the manifest, and its answer is the destination's word already."""
+    async with cluster("a", "b") as small:
+        for number in range(FROM_ACTORS):
+            await small.send(f"k{number}", "write", entry="small")
+        request = await small.lock("m", "b")
+
+        await small.step("precopy", request)
+        ahead = chunks(small)
+        await small.send("k0", "write", entry="meanwhile")
+        await small.step("pause", request)
+        asked = len(small.messages_to("verify"))
+        await small.steps(request, until_verb="await_ack")
+
+        assert ahead
+        assert chunks(small) == ahead
+        assert len(small.messages_to("verify")) == asked
+        await small.step("commit", request)
+        assert await small.send("k0", "read") == ["small", "meanwhile"]
+        assert counter(small, "b", "activations") == 0
+
+
+@virtually
+async def test_all_steps_up_to_commit_are_taken_when_asked_for_together() -> None:
+    """The answers are those of the verbs one by one, and asking again changes nothing."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        request = await small.lock("m", "b")
+        await small.step("pause", request)
+
+        prepared = await small.ask("prepare", request)
+
+        assert list(prepared) == ["capture", "serialize", "send", "await_ack"]
+        assert prepared == await small.ask("prepare", request)
+        for verb in ("capture", "serialize", "await_ack"):
+            assert prepared[verb]["ok"] == await small.ask(verb, request)
+        await small.step("commit", request)
+        assert await small.send("k", "read") == ["one"]
+
+
+@virtually
+async def test_what_cannot_be_prepared_is_told_by_its_own_verb() -> None:
+    """A destination that is away ends the preparation before `send`, and `send` says so."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        request = await small.lock("m", "b")
+        await small.step("pause", request)
+        small.nodes["b"].cut()
+
+        prepared = await small.ask("prepare", request)
+
+        assert {verb: list(answer) for verb, answer in prepared.items()} == {
+            "capture": ["ok"], "serialize": ["ok"], "send": ["error"]
+        }  # fmt: skip
+        with pytest.raises((Timeout, Unavailable)):
+            await small.ask("send", request)

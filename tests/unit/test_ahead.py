@@ -1,0 +1,134 @@
+"""Steps that a worker takes before their tasks come: what the tasks then do, and what happens when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from routing.errors import Unavailable
+from tests.unit.cluster import cluster
+from tests.unit.test_races import Shelf, planned, planned_move, worker
+from tests.unit.virtual_time import until, virtually, wall_clock
+from workflows.ahead import Ahead
+from workflows.migration import CHAIN, take, take_together
+from workflows.records import MigrationStatus
+
+PAUSE, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[4], CHAIN[5]
+
+
+@virtually
+async def test_only_the_last_step_is_waited_for() -> None:
+    """The chain goes on while a step is being taken; what was not asked for ahead is no business of it."""
+    ahead = Ahead(["capture", "send"])
+
+    assert ahead.relieves("capture")
+    assert not ahead.relieves("send")
+    assert not await ahead.take("delete")
+    waiting = asyncio.ensure_future(ahead.take("send"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+
+    ahead.taken("capture")
+    ahead.taken("send")
+    ahead.end()
+    assert await waiting
+
+
+@virtually
+async def test_a_step_that_failed_is_left_to_its_task() -> None:
+    """Also one that seemed to be on its way when an earlier task looked."""
+    ahead = Ahead(["capture", "send"])
+    ahead.taken("capture")
+    ahead.end()
+
+    assert ahead.relieves("capture")
+    assert not await ahead.take("send")
+
+
+@virtually
+async def test_after_the_pause_nothing_is_left_to_do_but_to_commit() -> None:
+    """Each step is recorded with its time, and the tasks in between ask nobody."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+
+        await take(PAUSE, context, move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+        asked = len(small.messages)
+        for step in CHAIN[1:5]:
+            await take(step, context, move.id, 0)
+
+        assert len(small.messages) == asked
+        recorded = shelf.stored[move.id]
+        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
+        assert None not in times
+        await take(DELETE, context, move.id, 0)
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+        await small.served_by("b")
+
+
+@virtually
+async def test_a_worker_that_knows_nothing_takes_all_missing_steps_before_it_commits() -> None:
+    """The worker that paused died with everything it had taken and not recorded."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        dead, other = worker(small, shelf), worker(small, shelf)
+
+        async def lost(_: object) -> None:
+            raise Unavailable("Redis is away")
+
+        shelf.before = lost
+        await take(PAUSE, dead, move.id, 0)
+        await asyncio.sleep(1.0)
+        shelf.before = None
+        assert shelf.stored[move.id].status is MigrationStatus.PLANNED
+
+        await take(DELETE, other, move.id, 0)
+
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+        assert await small.send("k", "read") == ["one"]
+
+
+@virtually
+async def test_no_commit_is_asked_for_while_the_record_cannot_be_saved() -> None:
+    """The task of COMMIT sees the failure of what was saved behind the tasks before it."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+
+        async def lost(_: object) -> None:
+            raise Unavailable("Redis is away")
+
+        shelf.before = lost
+        await take(PAUSE, context, move.id, 0)
+        await take(AWAIT_ACK, context, move.id, 0)
+
+        with pytest.raises(Unavailable):
+            await take(DELETE, context, move.id, 0)
+        assert not small.messages_to("commit")
+
+
+@virtually
+async def test_a_convoy_is_copied_ahead_before_the_first_gate_is_closed() -> None:
+    """Otherwise the first of its shards would stand still while the last is being copied."""
+    async with cluster("a", "b", shards=2) as small:
+        shelf = Shelf()
+        moves = []
+        for number in range(2):
+            entry = await small.directory.refresh(f"shard.{number}")
+            assert entry is not None
+            begun = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
+            moves.append(await shelf.save(begun))
+
+        await take_together(PAUSE, worker(small, shelf), [move.id for move in moves], 0)
+
+        verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
+        asked = [verb for verb in verbs if verb in ("precopy", "pause")]
+        assert asked == ["precopy", "precopy", "pause", "pause"]
