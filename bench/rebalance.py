@@ -24,7 +24,7 @@ from routing.address import ActorId
 from workflows.local import LocalProcess
 from workflows.records import MigrationPlan, MigrationStatus, Move
 
-ACTORS, MANY_ACTORS, STATE_BYTES = 10_000, 100_000, 1024
+ACTORS, STATE_BYTES = 10_000, 1024
 RATE = 200.0  # commands a second: a tenth of what sender, server and nodes can do together on two cores
 RUNS, IDLE_MOVES, CHAINS, WINDOWS = 5, 20, 100, (4, 8)
 FILLING, TIMEOUT_S, SETTLE_S = 256, 60.0, 3.0
@@ -55,22 +55,10 @@ class Rebalanced:
 
 
 async def measure(
-    actors: int | None = None, *, runs: int = RUNS, rate: float = RATE, idle_moves: int = IDLE_MOVES,
-    chains: int = CHAINS, env: dict[str, str] | None = None,
+    actors: int = ACTORS, *, runs: int = RUNS, rate: float = RATE, idle_moves: int = IDLE_MOVES, chains: int = CHAINS,
+    env: dict[str, str] | None = None,
 ) -> list[Result]:  # fmt: skip
-    """The node joins and leaves `runs` times. `env` are further settings of the cluster, FERRY_SHARDS for instance.
-
-    Without a number of `actors` twice: with 10,000, and with ten times as many.
-    """
-    results = []
-    for count in (ACTORS, MANY_ACTORS) if actors is None else (actors,):
-        results += await _measure(count, runs=runs, rate=rate, idle_moves=idle_moves, chains=chains, env=env)
-    return results
-
-
-async def _measure(
-    actors: int, *, runs: int, rate: float, idle_moves: int, chains: int, env: dict[str, str] | None
-) -> list[Result]:
+    """The node joins and leaves `runs` times. `env` are further settings of the cluster, FERRY_SHARDS for instance."""
     joins, floors_per_s = [], []
     async with bench_cluster("ab", env=env) as bench:
         idle_ms = percentile(await idle_blackouts(bench, idle_moves), 0.5)

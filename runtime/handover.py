@@ -1,7 +1,7 @@
-"""The node's side of a move: the verbs a worker asks for, at the source and at the destination.
+"""The source's side of a move: the verbs a worker asks for. The destination's side is runtime/reception.py.
 
     source        pause -> capture -> serialize -> send -> await_ack -> commit       or resume, at any point
-    destination              stage (handle_migration_request), chunks, verify (_ahead), activate
+    destination                       stage, chunks ----> verify -----> activate
 
 `prepare` is capture to await_ack in one go. `precopy`, which `pause` includes, stages and verifies many or large states
 before the gate is closed (runtime/precopy.py).
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
 import structlog
 
 from routing import control, shard_map
-from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
+from routing.control import ROWS_PER_PAGE, ManifestRow, StepRequest
 from routing.directory import Directory
 from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Timeout, Unavailable, to_wire
 from routing.failpoints import Failpoints
@@ -29,7 +28,6 @@ from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
 from runtime import rules
-from runtime.arrivals import StagedActors
 from runtime.chunks import ChunkSender
 from runtime.codec import number, numbers, text
 from runtime.errand import Errand
@@ -43,20 +41,19 @@ from runtime.unit import Unit, UnitState
 log = structlog.get_logger("ferry.handover")
 
 COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's answer
-NEWS_S = 0.05  # the map's watch tells of a COMMIT at about the time its source does
 PATIENCE = 0.5  # of the asker's deadline: a verb answers "pending" after that instead of letting it pass
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
 
 
 class Handover:
-    """Moves units out of and into a host, one verb at a time."""
+    """Moves units out of a host, one verb at a time."""
 
     def __init__(
-        self, *, host: Host, mailboxes: Mailboxes, arrivals: StagedActors, link: Link, transfer_link: Link,
-        directory: Directory, subjects: Subjects, settings: Settings, clock: Callable[[], float],
-        failpoints: Failpoints, spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        self, *, host: Host, mailboxes: Mailboxes, link: Link, transfer_link: Link, directory: Directory,
+        subjects: Subjects, settings: Settings, clock: Callable[[], float], failpoints: Failpoints,
+        spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
-        self._host, self._mailboxes, self._arrivals = host, mailboxes, arrivals
+        self._host, self._mailboxes = host, mailboxes
         self._link, self._spawn = link, spawn
         self._directory, self._subjects, self._settings, self._clock = directory, subjects, settings, clock
         self._failpoints = failpoints
@@ -131,8 +128,9 @@ class Handover:
     async def prepare(self, request: StepRequest) -> dict[str, Any]:
         """Take the steps up to COMMIT in one go, as far as half a step's time lasts.
 
-        Answers `{verb: {"ok": its answer}}`, and at the end `{verb: {"error": ...}}` when one was refused. What takes
-        long is left out: whoever asks for that verb then waits.
+        Answers `{verb: {"ok": its answer, "after_s": seconds since this began}}`, and at the end
+        `{verb: {"error": ...}}` when one was refused. What takes long is left out: whoever asks for that verb then
+        waits.
         """
         _, outgoing = self._paused(request)
         if outgoing.ahead is None:
@@ -143,6 +141,7 @@ class Handover:
         return dict(outgoing.prepared)
 
     async def _go_ahead(self, request: StepRequest, outgoing: Outgoing) -> None:
+        began_s = self._clock()
         for verb in ("capture", "serialize", "send", "await_ack"):
             try:
                 self._failpoints.hit(verb)
@@ -153,7 +152,7 @@ class Handover:
                 return
             if answer.get("pending"):
                 return
-            outgoing.prepared[verb] = {"ok": answer}
+            outgoing.prepared[verb] = {"ok": answer, "after_s": self._clock() - began_s}
 
     async def capture(self, request: StepRequest) -> dict[str, Any]:
         """Take the state of every live actor at the last sequence of its log. Answers a page of rows.
@@ -382,51 +381,6 @@ class Handover:
         self.forget_resolved()
         unit = self._host.units.get(request.unit)
         return {"state": unit.state.value if unit is not None else "not held"}
-
-    # -- destination -------------------------------------------------------------------------------------------------
-    async def handle_migration_request(self, request: MigrationRequest) -> dict[str, Any]:
-        """A source announces actors: answers `{"lacking": [index, ...]}`, what is to be sent.
-
-        Raises NotApplicable unless the map says that this move comes here, UnknownActorType, PayloadTooLarge.
-        """
-        entry = self._directory.get(request.unit)
-        if entry is None or entry.ownership.move != request.move:
-            entry = await self._directory.refresh(request.unit)
-        view = entry.ownership if entry is not None else None
-        if view is None or view.move != request.move or view.destination != self._host.node_id:
-            raise NotApplicable(f"{request.unit} is not coming here with {request.move}")
-        lacking = self._arrivals.announce(request)
-        answer: dict[str, Any] = {"lacking": lacking}
-        if request.verify and not lacking:
-            with suppress(FerryError):  # whoever asks for the acknowledgement is told
-                verified = await self._verified_here(request.move)
-                answer |= {} if verified.get("pending") else verified
-        return answer
-
-    async def verify(self, request: StepRequest) -> dict[str, Any]:
-        """Check and decode what arrived, and bring it to the version it was announced at.
-
-        Answers `{"actors", "incarnation"}`, with `"pending": true` while there is more to do: ask again. Raises
-        Unavailable when something is missing, StateNotPortable.
-        """
-        return await self._verified_here(request.move)
-
-    async def _verified_here(self, move: str, *, ahead: bool = False) -> dict[str, Any]:
-        until_s = self._clock() + self._settings.append_timeout_s * PATIENCE
-        ready = await self._arrivals.verify(move, until_s=until_s, ahead=ahead)
-        await self._arrivals.catch_up(move, self._mailboxes.replay_on)
-        answer: dict[str, Any] = {"actors": ready, "incarnation": self._host.incarnation}
-        return answer if ready == self._arrivals.announced(move) else answer | {"pending": True}
-
-    async def verify_ahead(self, request: StepRequest) -> dict[str, Any]:
-        """The same for what is copied ahead, before anybody stands still for it."""
-        return await self._verified_here(request.move, ahead=True)
-
-    async def activate(self, request: StepRequest) -> dict[str, Any]:
-        """The source has committed: take the unit over now instead of when the map's news arrives."""
-        await self._directory.news(request.unit, beyond=request.epoch, timeout_s=NEWS_S)
-        await self._host.opened(request.unit, timeout_s=ACTIVATE_S)
-        return {"actors": len(self._host.units[request.unit].actors)}
 
     def forget_resolved(self) -> None:
         """Free what was prepared for moves that the map has ended meanwhile."""

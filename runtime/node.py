@@ -41,6 +41,7 @@ from runtime.handover import Handover
 from runtime.host import Host
 from runtime.journal import Journal
 from runtime.mailbox import Mailboxes
+from runtime.reception import Reception
 
 log = structlog.get_logger("ferry.node")
 
@@ -105,9 +106,13 @@ class Node:
             clock=self._clock, wall_clock=self._wall_clock, counters=counters,
         )  # fmt: skip
         self._handover = Handover(
-            host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, link=self._link,
-            transfer_link=self._transfer_link, directory=self._directory, subjects=subjects, settings=settings,
-            clock=self._clock, failpoints=self._failpoints, spawn=self.spawn,
+            host=self.host, mailboxes=mailboxes, link=self._link, transfer_link=self._transfer_link,
+            directory=self._directory, subjects=subjects, settings=settings, clock=self._clock,
+            failpoints=self._failpoints, spawn=self.spawn,
+        )  # fmt: skip
+        self._reception = Reception(
+            host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, directory=self._directory, settings=settings,
+            clock=self._clock,
         )  # fmt: skip
         self.router = Router(
             self._link, self._directory, subjects, sender=self.id, local=self.host, wall_clock=self._wall_clock,
@@ -311,14 +316,12 @@ class Node:
             log.warning("answer not sent", error=str(error))  # whoever asked asks again
 
     def _control_verbs(self) -> dict[str, tuple[Any, Callable[[Any], Coroutine[Any, Any, dict[str, Any]]]]]:
-        handover = self._handover
-        steps = (
-            "precopy", "pause", "prepare", "capture", "serialize", "send", "await_ack", "commit", "resume",
-            "verify", "verify_ahead", "activate",
-        )  # fmt: skip
+        leaving = ("precopy", "pause", "prepare", "capture", "serialize", "send", "await_ack", "commit", "resume")
+        arriving = ("verify", "verify_ahead", "activate")
         return {
-            **{verb: (STEP_REQUEST, getattr(handover, verb)) for verb in steps},
-            "stage": (MIGRATION_REQUEST, handover.handle_migration_request),
+            **{verb: (STEP_REQUEST, getattr(self._handover, verb)) for verb in leaving},
+            **{verb: (STEP_REQUEST, getattr(self._reception, verb)) for verb in arriving},
+            "stage": (MIGRATION_REQUEST, self._reception.handle_migration_request),
             "drain": (None, self._drain_asked),
             "inventory": (None, self._inventory),
             "status": (None, self._status),

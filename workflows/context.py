@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -59,6 +60,7 @@ class StepContext:
         self._ahead: OrderedDict[str, Ahead] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
         self._answers: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
+        self._taken_at: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     # -- running ahead -----------------------------------------------------------------------------------------------
     def run_ahead(self, move_id: str, steps: Sequence[str], work: Callable[[Ahead], Coroutine[Any, Any, None]]) -> None:
@@ -94,6 +96,7 @@ class StepContext:
 
     async def prepare(self, move: Move) -> None:
         """Have the source take all steps up to COMMIT in one go. `ask` then has what it answered, as far as it got."""
+        asked_at = self.now()
         asking = asyncio.get_running_loop().create_task(self._ask(move.source, "prepare", move, 0))
         await asyncio.wait([asking], timeout=PROMPT_S)
         if not asking.done():
@@ -101,6 +104,7 @@ class StepContext:
         for verb, prepared in (await asking).items():
             if isinstance(prepared, dict):
                 _keep(self._answers, (move.id, verb), prepared)
+                _keep(self._taken_at, (move.id, verb), asked_at + _seconds(prepared.get("after_s")))
 
     def is_prepared(self, move_id: str, verb: str) -> bool:
         """Whether `ask` has the answer already, and it is no refusal: that is for the step's own task."""
@@ -161,7 +165,8 @@ class StepContext:
         `recall` waits for the save and sees its failure. Should this process die first, the record is some steps
         behind; the next task then takes those again.
         """
-        after = advance(move, status, now=self.now(), **changes)
+        taken_at = self._taken_at.pop((move.id, move.step or ""), math.inf)  # when its node took it, if ahead of us
+        after = advance(move, status, now=min(taken_at, self.now()), **changes)
         self._unsaved.setdefault(move.id, []).append((after, actors or []))
         return after
 
@@ -292,6 +297,11 @@ class StepContext:
             entry.ownership if entry is not None else None, entry.revision if entry is not None else 0,
             move=move.id, lock_revision=move.lock_revision,
         )  # fmt: skip
+
+
+def _seconds(value: Any) -> float:
+    """What a node says that something took; at once, when it says nothing that can be."""
+    return float(value) if type(value) in (int, float) and 0 <= value < math.inf else 0.0
 
 
 def _keep(kept: OrderedDict[K, T], name: K, value: T) -> None:

@@ -215,7 +215,7 @@ def _giving_up(world: World, state: State, index: int, node: Node) -> Iterator[S
 
 # -- destination -------------------------------------------------------------------------------------------------------
 def _staging(world: World, state: State, index: int, node: Node) -> Iterator[Step]:
-    """Handover.handle_migration_request, chunks, verify: only for the move that the map names, and inactive."""
+    """Reception.handle_migration_request, chunks, verify: only for the move that the map names, and inactive."""
     view = decisions.facts(state.values[node.view - state.oldest])
     for what, move, number in state.messages:
         if state.records[move - 1].destination != node.id:

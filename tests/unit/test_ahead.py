@@ -72,6 +72,28 @@ async def test_after_the_pause_nothing_is_left_to_do_but_to_commit() -> None:
 
 
 @virtually
+async def test_a_step_is_recorded_at_the_time_at_which_the_source_took_it() -> None:
+    """Not when the worker heard of all of them at once: `ferry migration` shows where the time of a move went."""
+    async with cluster("a", "b", latency=lambda: 0.05) as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+
+        await take(PAUSE, worker(small, shelf), move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+
+        recorded = shelf.stored[move.id]
+        assert recorded.paused_at is not None
+        assert recorded.captured_at is not None
+        assert recorded.serialized_at is not None
+        assert recorded.sent_at is not None
+        assert recorded.acked_at is not None
+        assert recorded.paused_at <= recorded.captured_at <= recorded.serialized_at
+        assert recorded.sent_at - recorded.serialized_at >= 0.2  # there, back, and so again: manifest and bytes
+        assert recorded.sent_at <= recorded.acked_at <= wall_clock()
+
+
+@virtually
 async def test_a_worker_that_knows_nothing_takes_all_missing_steps_before_it_commits() -> None:
     """The worker that paused died with everything it had taken and not recorded."""
     async with cluster("a", "b") as small:

@@ -342,10 +342,10 @@ async def test_a_replay_that_fails_leaves_the_actor_lacking_instead_of_half() ->
             raise Timeout("the log does not answer")
 
         await small.steps(request, until_verb="serialize")
-        ahead, replay_on = chunks(small), destination._handover._mailboxes.replay_on
-        destination._handover._mailboxes.replay_on = fail  # type: ignore[method-assign]
+        ahead, replay_on = chunks(small), destination._reception._mailboxes.replay_on
+        destination._reception._mailboxes.replay_on = fail  # type: ignore[method-assign]
         await small.step("send", request)
-        destination._handover._mailboxes.replay_on = replay_on  # type: ignore[method-assign]
+        destination._reception._mailboxes.replay_on = replay_on  # type: ignore[method-assign]
 
         announced = destination._arrivals._moves["m"].actors[0]
         assert announced.live is None
@@ -458,7 +458,7 @@ async def test_what_cannot_be_prepared_is_told_by_its_own_verb() -> None:
         prepared = await small.ask("prepare", request)
 
         assert {verb: list(answer) for verb, answer in prepared.items()} == {
-            "capture": ["ok"], "serialize": ["ok"], "send": ["error"]
+            "capture": ["ok", "after_s"], "serialize": ["ok", "after_s"], "send": ["error"]
         }  # fmt: skip
         with pytest.raises((Timeout, Unavailable)):
             await small.ask("send", request)
