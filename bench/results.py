@@ -36,7 +36,8 @@ def document(name: str, results: Sequence[Result]) -> dict[str, Any]:
     """The contract's JSON: `{name, machine, results: [{case, value, unit, floor, ratio, runs, p50, p99}]}`."""
     rows = [{**asdict(result), "ratio": result.ratio} for result in results]
     machine = {
-        "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(),
+        "cores": os.cpu_count(), "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}, {platform.machine()}",
         "load": round(os.getloadavg()[0], 2),  # of the last minute: of these benchmarks, and whatever else ran
     }  # fmt: skip
     return {"name": name, "machine": machine, "results": rows}
