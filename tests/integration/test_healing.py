@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from routing import control
@@ -170,11 +171,14 @@ async def test_moves_of_a_killed_worker_end_and_their_actors_are_served(healing:
     healing.processes.add_worker("1", env={"FERRY_FAILPOINTS": "capture.begin=stop*1"})
     healing.processes.add_node("d")
 
-    async def under_way() -> bool | None:
-        moves = await healing.context.store.unfinished_moves()
-        return True if any(move.paused_at for move in moves) else None
+    worker = psutil.Process(healing.processes.processes["worker-1"].pid)
 
-    await until(under_way)
+    async def stands_still() -> bool | None:
+        return True if worker.status() == psutil.STATUS_STOPPED else None
+
+    await until(stands_still)
+    assert await healing.context.store.unfinished_moves()
+    assert any(entry.ownership.move for entry in healing.context.directory.entries().values())
 
     # when the worker is killed, and replaced as a supervisor would
     healing.processes.processes["worker-1"].kill9()
