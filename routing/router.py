@@ -103,10 +103,7 @@ class Router:
         check_timeout(timeout_s)
         if self._local is not None and (answer := self._local.answer_now(command)) is not None:
             await self._turn()
-            answer = _received(answer)
-            if answer.error is None:
-                return answer.value
-            raise answer.error
+            return _value(_received(answer))
         if self._clock is None:
             self._clock = asyncio.get_running_loop().time
         clock = self._clock
@@ -115,9 +112,7 @@ class Router:
         while (left_s := deadline_s - clock()) > 0:
             answer = await self._attempt(command, expires_ms, attempts, min(left_s, ATTEMPT_S))
             if answer is not None:
-                if answer.error is None:
-                    return answer.value
-                raise answer.error
+                return _value(answer)
             await attempts.pause(max(deadline_s - clock(), 0))
         raise attempts.gave_up(timeout_s)
 
@@ -261,6 +256,12 @@ class _Attempts:
             f"{command.name!r} to {command.actor} may have been applied ({why}): {how} to learn the outcome",
             message_id=command.message_id,
         )
+
+
+def _value(answer: Answer) -> Any:
+    if answer.error is not None:
+        raise answer.error
+    return answer.value
 
 
 def _received(answer: Answer) -> Answer:
