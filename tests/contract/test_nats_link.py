@@ -410,7 +410,7 @@ async def test_one_handler_that_fails_costs_the_others_of_its_frame_nothing(nats
     await bob.subscribe("echo", answer)
 
     outcomes = await asyncio.gather(
-        *(alice.request("echo", b"%d" % n, timeout_s=1.0) for n in range(10)), return_exceptions=True
+        *(alice.request("echo", b"%d" % n, timeout_s=3.0) for n in range(10)), return_exceptions=True
     )
 
     assert [n for n, outcome in enumerate(outcomes) if outcome != b"%d" % n] == [3]
