@@ -112,7 +112,7 @@ class Node:
         )  # fmt: skip
         self._reception = Reception(
             host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, directory=self._directory, settings=settings,
-            clock=self._clock,
+            clock=self._clock, failpoints=self._failpoints,
         )  # fmt: skip
         self.router = Router(
             self._link, self._directory, subjects, sender=self.id, local=self.host, wall_clock=self._wall_clock,

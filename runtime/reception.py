@@ -15,6 +15,7 @@ from typing import Any
 from routing.control import MigrationRequest, StepRequest
 from routing.directory import Directory
 from routing.errors import FerryError, NotApplicable
+from routing.failpoints import Failpoints
 from routing.settings import Settings
 from runtime.arrivals import StagedActors
 from runtime.handover import ACTIVATE_S, PATIENCE
@@ -29,10 +30,10 @@ class Reception:
 
     def __init__(
         self, *, host: Host, mailboxes: Mailboxes, arrivals: StagedActors, directory: Directory, settings: Settings,
-        clock: Callable[[], float],
+        clock: Callable[[], float], failpoints: Failpoints,
     ) -> None:  # fmt: skip
         self._host, self._mailboxes, self._arrivals = host, mailboxes, arrivals
-        self._directory, self._settings, self._clock = directory, settings, clock
+        self._directory, self._settings, self._clock, self._failpoints = directory, settings, clock, failpoints
 
     async def handle_migration_request(self, request: MigrationRequest) -> dict[str, Any]:
         """A source announces actors: answers `{"lacking": [index, ...]}`, what is to be sent.
@@ -48,6 +49,7 @@ class Reception:
         lacking = self._arrivals.announce(request)
         answer: dict[str, Any] = {"lacking": lacking}
         if request.verify and not lacking:
+            self._failpoints.hit("verify")
             with suppress(FerryError):  # whoever asks for the acknowledgement is told
                 verified = await self._verified_here(request.move)
                 answer |= {} if verified.get("pending") else verified
