@@ -10,7 +10,6 @@ from bench import rebalance
 from bench.cluster import BenchCluster, bench_cluster
 from bench.results import Result, percentile
 from routing.address import ActorId, shard_of
-from workflows.records import MigrationStatus
 
 ACTORS_PER_SHARD, STATE_BYTES, ACTORS = (1, 10, 100, 1_000), (2**10, 2**16, 2**20, 2**24), (1_000, 3_000, 10_000)
 MOVES = 6
@@ -60,18 +59,7 @@ def _actors_of(bench: BenchCluster, actor_type: str, shard: int) -> Iterator[Act
 
 async def _blackouts(bench: BenchCluster, shard: int, moves: int) -> list[float]:
     """Of the shard going to and fro, idle, in milliseconds."""
-    actor = next(_actors_of(bench, "blob", shard))
-    blackouts = []
-    for number in range(moves + 2):
-        here = await bench.client.get_actor_node(actor)
-        move = await bench.migrate(shard, "b" if here == "a" else "a")
-        if move.status is MigrationStatus.CANCELLED and not number:
-            continue  # the cluster has just come up, and its first plan took the place of this one
-        if move.blackout_ms is None:
-            raise RuntimeError(f"move {move.id} ended {move.status} without a blackout: {move.error}")
-        if number >= 2:  # the first of each direction warms connections up
-            blackouts.append(move.blackout_ms)
-    return blackouts
+    return await bench.to_and_fro(next(_actors_of(bench, "blob", shard)), moves)
 
 
 def _point(curve: str, x: int, took_ms: list[float]) -> Result:

@@ -15,8 +15,8 @@ import orjson
 # What arrives is forwarded, journalled and answered inside something larger. orjson reads 1024 levels and writes 254,
 # and Python runs out of stack while showing a few hundred: whatever is let in must also be able to go out again.
 MAX_NESTING = 128
-SMALL = 2**53  # an int below this is the same for every reader of JSON
 CARRIED = 8  # levels that a journal record or an answer puts around a value
+SMALL = 2**53  # an int below this is the same for every reader of JSON
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 _EXACT = frozenset({str, int, bool, type(None)})

@@ -65,7 +65,7 @@ class Outbox:
 
     def take(self) -> list[tuple[str, Parcel]]:
         """Everything that waits, as it is to be sent."""
-        if not self.waiting_bytes and not self._waiting and not self._alone:
+        if not self._waiting and not self._alone:
             return []
         waiting, alone = self._waiting, self._alone
         self._waiting, self._alone, self.waiting_bytes = {}, [], 0
