@@ -223,9 +223,7 @@ class NatsConnection:
 
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
-        client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
-            await self._barrier(client, BARRIER_TIMEOUT_S)
+        client = await self._ready(BARRIER_TIMEOUT_S)
         await self._hand_over(client, subject, payload, reply, None)
 
     def answer(self, reply: str, payload: bytes) -> None:
@@ -249,9 +247,7 @@ class NatsConnection:
         if alone or len(payload) > PACKED_BYTES:
             await self._flush()  # it must not overtake what was asked before
             return await self.request_alone(subject, payload, timeout_s=timeout_s)
-        client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
-            await self._barrier(client, timeout_s)
+        client = await self._ready(timeout_s)
         if not _may_be_asked(subject):
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
         token, future = self._answers.expect(subject, timeout_s)
@@ -268,9 +264,7 @@ class NatsConnection:
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
     ) -> bytes:
         """As `request`, in a message of its own: what the server itself answers does not come in frames."""
-        client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
-            await self._barrier(client, timeout_s)
+        client = await self._ready(timeout_s)
         token, future = self._answers.expect(subject, timeout_s)
         try:
             await self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
@@ -280,9 +274,7 @@ class NatsConnection:
 
     async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
         """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
-        client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
-            await self._barrier(client, timeout_s)
+        client = await self._ready(timeout_s)
         expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
@@ -342,6 +334,13 @@ class NatsConnection:
             if self._closed:
                 raise Unavailable(f"the link to {self.url} is closed")
             raise Unavailable(f"not connected to NATS at {self.url}: reconnecting, try again")
+        return client
+
+    async def _ready(self, timeout_s: float) -> Client:
+        """The client to hand a message to, once the server has taken enough of those before. Raises Unavailable."""
+        client = self._attached()
+        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+            await self._barrier(client, timeout_s)
         return client
 
     async def _hand_over(
