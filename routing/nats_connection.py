@@ -82,6 +82,7 @@ class NatsConnection:
         self._answers = Answers(self.inbox)
         self._outbox = Outbox()
         self._flushing: asyncio.Task[int] | None = None
+        self._delivering = False  # in a handler of ours, after which the outbox is emptied
         self._barriers: set[asyncio.Future[bytes]] = set()
         self._registrations: dict[Registration, None] = {}
         self._supervisor: asyncio.Task[None] | None = None
@@ -361,9 +362,11 @@ class NatsConnection:
 
     async def _register_on(self, client: Client, registration: Registration) -> None:
         async def deliver(message: Msg) -> None:
+            self._delivering = True  # answers given at once need not wait for the end of the turn
             self.guard(registration.subject, registration.receive, message)
-            if await self._flush() >= MANY:  # answers given at once need not wait for the end of the turn
-                await asyncio.sleep(0)  # but leave now: the next frame is a millisecond's work
+            self._delivering = False
+            if await self._flush() >= MANY:
+                await asyncio.sleep(0)  # let them leave now: the next frame is a millisecond's work
 
         subscription = await client.subscribe(
             registration.subject, cb=deliver,
@@ -395,7 +398,7 @@ class NatsConnection:
         self._flush_soon()
 
     def _flush_soon(self) -> None:
-        if self._flushing is None or self._flushing.done():
+        if not self._delivering and (self._flushing is None or self._flushing.done()):
             self._flushing = self._loop.create_task(self._flush())
 
     async def _flush(self) -> int:
