@@ -63,7 +63,7 @@ class Settings:
     chunk_bytes: int = 64 * 1024
     transfer_window_bytes: int = 2**20
     transfer_held_bytes: int = 2**30  # of states on their way, held by a node as source, and as destination
-    precopy_from_bytes: int = 64 * 1024  # states from this size on are sent before the gate is closed
+    precopy_from_bytes: int = 1  # states from this size on are sent before the gate is closed
     precopy_bytes_per_s: int = 32 * 2**20  # how fast, because their actors and all others go on meanwhile
     snapshot_every: int = 32  # commands between two snapshots of an actor
     dedup_window: int = 128  # latest command ids remembered per actor

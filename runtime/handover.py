@@ -3,8 +3,8 @@
     source        pause -> capture -> serialize -> send -> await_ack -> commit       or resume, at any point
     destination                       stage, chunks ----> verify -----> activate
 
-`prepare` is capture to await_ack in one go. `precopy`, which `pause` includes, stages and verifies many or large states
-before the gate is closed (runtime/precopy.py).
+`prepare` is capture to await_ack in one go. `precopy`, which `pause` includes, stages and verifies states before the
+gate is closed (runtime/precopy.py).
 
 Every verb is idempotent under the move id, and acts only while this source is paused for that move. A source that is
 not (any more) raises NotApplicable: the map has moved on, and the worker reads there how.
@@ -71,12 +71,14 @@ class Handover:
         """Close the gate of the whole unit and let what runs finish. Answers `{"actors", "waiting"}`.
 
         The whole unit, not only its live actors: otherwise a message would activate one in the middle of the move.
-        Large states are copied before; while that goes on the answer has `"pending": true` and the gate is open.
+        States are copied before; while that goes on the answer has `"pending": true` and the gate is open.
         """
-        if (await self.precopy(request)).get("pending"):
-            held = self._host.units.get(request.unit)
-            return {"actors": len(held.actors) if held is not None else 0, "waiting": 0, "pending": True}
         unit = await self._locked(request)
+        outgoing = self._begun(request)
+        if self._is_to_be_copied(unit, outgoing):
+            if not await self._precopied(unit, request, outgoing):
+                return {"actors": len(unit.actors), "waiting": 0, "pending": True}
+            unit = await self._locked(request)  # that took a while
         await self._host.close_gate(unit, request.move)
         return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
 
@@ -86,14 +88,22 @@ class Handover:
         Small moves that share a chain are all copied before the first of them is paused.
         """
         unit = await self._locked(request)
+        outgoing = self._begun(request)
+        if not self._is_to_be_copied(unit, outgoing) or await self._precopied(unit, request, outgoing):
+            return {}
+        return {"pending": True}
+
+    def _begun(self, request: StepRequest) -> Outgoing:
+        """What is kept of this move; what was kept of an earlier one of the unit ends."""
         outgoing = self._outgoing.get(request.unit)
         if outgoing is None or outgoing.move != request.move:
             if outgoing is not None:
                 outgoing.cancel()
             outgoing = self._outgoing[request.unit] = Outgoing(request.move)
-        if unit.state is not UnitState.OPEN or outgoing.precopy_over or not self._precopy.candidates(unit):
-            return {}
-        return {} if await self._precopied(unit, request, outgoing) else {"pending": True}
+        return outgoing
+
+    def _is_to_be_copied(self, unit: Unit, outgoing: Outgoing) -> bool:
+        return unit.state is UnitState.OPEN and not outgoing.precopy_over and bool(self._precopy.candidates(unit))
 
     async def _locked(self, request: StepRequest) -> Unit:
         """The unit as held here, locked for this move by the map as it is now. Raises NotApplicable, Unavailable."""
@@ -120,7 +130,7 @@ class Handover:
         try:
             outgoing.precopy_over = await outgoing.precopy.ends_within(patience_s)
         except FerryError as error:
-            log.warning("large states not copied ahead", move=request.move, error=str(error))
+            log.warning("not copied ahead", move=request.move, error=str(error))
             self._host.counters["precopies_failed"] += 1
             outgoing.precopy_over = True
         return outgoing.precopy_over

@@ -1,4 +1,4 @@
-"""Many or large states travel before the gate is closed: while the unit is locked for its move, and its actors go on.
+"""States travel before the gate is closed: while the unit is locked for its move, and its actors go on.
 
 A state is captured between two commands of its actor, at a version of its log, and staged at the destination. When the
 gate is closed, an actor that has not changed since costs one row of the manifest; of one that has, the destination
@@ -27,8 +27,6 @@ from runtime.unit import Unit, UnitState
 
 log = structlog.get_logger("ferry.precopy")
 
-FROM_ACTORS = 8  # of a unit, small as they may be: to capture, send and decode so many takes half a millisecond
-
 
 class Precopy:
     """Copies the states of units that are about to be paused, where that takes long."""
@@ -44,12 +42,10 @@ class Precopy:
         self._throttle = TokenBucket(settings.precopy_bytes_per_s, 4 * settings.chunk_bytes, clock=clock)
 
     def candidates(self, unit: Unit) -> list[LiveActor]:
-        """Whose state is to be copied ahead: all of a unit with many actors, else those that are large, or may be.
+        """Whose state is to be copied ahead: those that are large enough, or may be.
 
         May be: one that was never encoded, or once was not small.
         """
-        if len(unit.actors) >= FROM_ACTORS:
-            return [live for live in unit.actors.values() if live.instance is not None]
         least_bytes = min(self._settings.precopy_from_bytes, CHECKED_BYTES)
         return [
             live for live in unit.actors.values()
@@ -69,9 +65,8 @@ class Precopy:
             if unit.locked_since_s is not None:
                 unit.locked_since_s = self._clock()  # the lock is followed by work: nobody has left it alone
 
-        least_bytes = self._least_bytes(unit)
         for live in self.candidates(unit):
-            leaving = await self._prepared(live, outgoing, least_bytes)
+            leaving = await self._prepared(live, outgoing)
             await self._turn.over()
             goes_on()
             if leaving is not None:
@@ -86,13 +81,10 @@ class Precopy:
         await self._verify(request)
         goes_on()
 
-    def _least_bytes(self, unit: Unit) -> int:
-        return 0 if len(unit.actors) >= FROM_ACTORS else self._settings.precopy_from_bytes
-
-    async def _prepared(self, live: LiveActor, outgoing: Outgoing, least_bytes: int) -> Leaving | None:
-        """A large state as it travels; None for one that is small, or does not travel: the capture will say why."""
+    async def _prepared(self, live: LiveActor, outgoing: Outgoing) -> Leaving | None:
+        """A state as it travels; None for one that is too small, or does not travel: the capture will say why."""
         try:
-            leaving = await self._capture(live, least_bytes)
+            leaving = await self._capture(live)
             if leaving is not None:
                 self._check_room(outgoing, leaving.state_bytes)
                 await leaving.encode(self._settings.max_state_bytes)
@@ -101,14 +93,14 @@ class Precopy:
             log.warning("not copied ahead", actor=str(live.actor_id), error=str(error))
             return None
 
-    async def _capture(self, live: LiveActor, least_bytes: int) -> Leaving | None:
+    async def _capture(self, live: LiveActor) -> Leaving | None:
         """The state between two commands; None when it is smaller, or not what the log says at the moment."""
 
         def capture() -> Leaving | None:
             if live.dirty or live.instance is None:
                 return None  # not compared with the log yet is fine: the destination will
             leaving = Leaving.of(live)
-            return leaving if leaving.state_bytes >= least_bytes else None
+            return leaving if leaving.state_bytes >= self._settings.precopy_from_bytes else None
 
         if not live.running:
             return capture()

@@ -286,14 +286,17 @@ class _Stage:
                 self._done.failed += refused not in (None, Rejected.__name__)
 
     async def _look(self, when: str) -> bytes:
-        """The live state, after comparing it with the replayed one and with its own restored copy."""
+        """The live state, after comparing it with its own restored copy and with the replayed one.
+
+        In this order: a state that does not survive a move differs from the replayed one after it as well.
+        """
         state = await self._state()
+        restored = capture_state(restore_state(self._class, state, self._class.schema_version))
+        _compare(f"{when}, restored state differs from captured state", _document(restored), _document(state))
         replayed = capture_state(self._shadow)
         self._done.replays += 1
         told = f"{when}, live state differs from replayed state (latest events: {', '.join(self._events) or 'none'})"
         _compare(told, _document(state), _document(replayed))
-        restored = capture_state(restore_state(self._class, state, self._class.schema_version))
-        _compare(f"{when}, restored state differs from captured state", _document(restored), _document(state))
         return state
 
     async def _state(self) -> bytes:

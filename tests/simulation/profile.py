@@ -72,6 +72,7 @@ class Profile:
     snapshot_every: int = 32
     dedup_window: int = 128
     moves_at_once: int = 2
+    precopy_from_bytes: int = 1
     more: dict[str, Any] = field(default_factory=dict)  # settings
 
     def settings(self) -> Settings:
@@ -89,6 +90,7 @@ def draw(chance: Random) -> Profile:
         buffer_messages=chance.choice((2, 6, 10_000)),
         mailbox_messages=chance.choice((2, 1_000, 1_000)),
         moves_at_once=chance.choice((1, 2)),
+        precopy_from_bytes=chance.choice((1, 10**9)),  # all states before the gate is closed, or none
         sessions=chance.choice((0.0, 0.5, 1.0)),
         nodes=chance.choice((3, 3, 3, 4)),
         truncated=chance.random() < 0.06,

@@ -12,7 +12,6 @@ import pytest
 from routing.address import ActorId
 from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable
 from runtime.journal import Kind, Record
-from runtime.precopy import FROM_ACTORS
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
 from tests.unit.virtual_time import until, virtually
 
@@ -406,10 +405,10 @@ async def test_a_destination_that_lacks_what_was_never_announced_does_not_end_th
 
 
 @virtually
-async def test_a_unit_of_many_small_actors_is_copied_ahead_and_acknowledged_with_its_manifest() -> None:
+async def test_a_unit_of_small_actors_is_copied_ahead_and_acknowledged_with_its_manifest() -> None:
     """With the gate closed nothing is sent but the manifest, and its answer is the destination's word already."""
     async with cluster("a", "b") as small:
-        for number in range(FROM_ACTORS):
+        for number in range(3):
             await small.send(f"k{number}", "write", entry="small")
         request = await small.lock("m", "b")
 
