@@ -11,7 +11,7 @@ that go the same way share a chain, a convoy: each step is then taken by all of 
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
-                  pause -----------> copies many or large states ahead --> stages, inactive
+                  pause -----------> copies states ahead --------> stages, inactive
                                      closes the gate, handlers finish
     2 capture     capture ---------> state at the log's last sequence
     3 serialize   serialize -------> bytes, digests, limits
@@ -67,8 +67,8 @@ async def pause(context: StepContext, move: Move) -> Move:
     """Lock the shard in the map and close its gate at the source.
 
     Before: planned; the record names the revision of the map that LOCK must replace.
-    Does: LOCK; the source copies many or large states ahead while their actors go on; then it stops the whole shard
-        between two commands and keeps what arrives.
+    Does: LOCK; the source copies states ahead while their actors go on; then it stops the whole shard between two
+        commands and keeps what arrives.
     Safe to repeat because: a lock for this move is found, not taken twice; closing a closed gate does nothing.
     Raises: NotApplicable when the shard changed hands since; Busy while handlers still run; Unavailable, Timeout.
     Undo: ABORT opens the gate, what waited goes first.

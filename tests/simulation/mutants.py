@@ -314,9 +314,9 @@ def _s3() -> list[Patch]:
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
-        name="T1", seed=313, rule="after FAILOVER and BOOT an actor is claimed first", patches=_t1, profile=_NODES_FAIL
+        name="T1", seed=677, rule="after FAILOVER and BOOT an actor is claimed first", patches=_t1, profile=_NODES_FAIL
     ),
-    Mutant(name="T2", seed=71, rule="a higher epoch in the log fences", patches=_t2, profile=_LAGGING),
+    Mutant(name="T2", seed=163, rule="a higher epoch in the log fences", patches=_t2, profile=_LAGGING),
     Mutant(name="T3", seed=5, rule="what was answered derives from the log", patches=_t3, profile=_NODES_FAIL),
     Mutant(
         name="T4",
@@ -336,8 +336,8 @@ MUTANTS: tuple[Mutant, ...] = (
         cover=lambda: [_no_reconciler()],
     ),
     Mutant(name="T7", rule="a restarted owner takes its units back by BOOT", patches=_t7, profile=_NODES_FAIL),
-    Mutant(name="T8", seed=129, rule="LOCK finalises the previous move's record", patches=_t8, profile=_ONE_SHARD),
-    Mutant(name="T9", seed=5, rule="exactly the next number of a session", patches=_no_sender_gate, profile=_MOVES),
+    Mutant(name="T8", seed=13, rule="LOCK finalises the previous move's record", patches=_t8, profile=_ONE_SHARD),
+    Mutant(name="T9", seed=1, rule="exactly the next number of a session", patches=_no_sender_gate, profile=_MOVES),
     Mutant(
         name="T10",
         rule="the same, with buffers that overflow",
@@ -346,7 +346,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="T11",
-        seed=35,
+        seed=34,
         rule="a rejection is logged: a late duplicate finds it",
         patches=_rejections_not_logged,
         profile=replace(_NETWORK_FAILS, conditional=0.6, actors=1, shards=1, doubled=0.15),
@@ -360,7 +360,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="T13",
-        seed=30,
+        seed=11,
         rule="a source leaves its pause through the map, never by a timer",
         patches=_t13,
         profile=_COMMIT_LATE,
@@ -389,7 +389,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="S1",
-        seed=76,
+        seed=138,
         rule="a lock that no pause follows is aborted by its source",
         patches=_s1,
         profile=replace(_TASKS_FAIL, tasks_lost=0.3, lost=0.1, lost_answer=0.1),
@@ -398,7 +398,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="S2",
-        seed=28,
+        seed=20,
         rule="a LOCK still in flight is fenced before a record ends",
         patches=_s2,
         profile=replace(_TASKS_FAIL, late=0.1, cancel=0.5),

@@ -60,7 +60,7 @@ def test_calm_weather_moves_shards_and_answers_every_command() -> None:
 
 def test_the_weather_of_a_few_seeds_has_every_kind_of_fault() -> None:
     """Property: a sample reaches all of what the simulation can do, an actor in quarantine included."""
-    results = [play(seed) for seed in range(100, 130)]
+    results = [play(seed) for seed in range(160, 190)]
 
     assert [explained(result) for result in results if result.violations] == []
     faults = {kind for result in results for kind in result.faults}
