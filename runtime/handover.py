@@ -4,7 +4,7 @@
     destination                       stage, chunks ----> verify -----> activate
 
 `prepare` is capture to await_ack in one go. `precopy`, which `pause` includes, stages and verifies states before the
-gate is closed (runtime/precopy.py).
+gate is closed (runtime/precopy.py): `stage_ahead`, chunks, `verify_ahead`.
 
 Every verb is idempotent under the move id, and acts only while this source is paused for that move. A source that is
 not (any more) raises NotApplicable: the map has moved on, and the worker reads there how.
@@ -60,7 +60,7 @@ class Handover:
         self._patience_s = PATIENCE * settings.step_timeout_s
         self._sender = ChunkSender(transfer_link, subjects, settings)
         self._precopy = Precopy(
-            mailboxes=mailboxes, sender=self._sender, settings=settings, clock=clock, announce=self._announce,
+            mailboxes=mailboxes, sender=self._sender, settings=settings, clock=clock, announce=self._announce_ahead,
             verify=self._verify_precopied, check_room=self._check_room,
         )  # fmt: skip
         self._outgoing: dict[str, Outgoing] = {}  # unit -> the move it is locked or paused for
@@ -250,7 +250,7 @@ class Handover:
         def acknowledged() -> None:
             self._extend_pause(unit, request)
 
-        lacking, outgoing.word = await self._announce(request, outgoing.rows or [], verify=True)
+        lacking, outgoing.word = await self._announce(request, outgoing.rows or [])
         payloads = [(index, outgoing.payload(index)) for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=acknowledged)
         outgoing.sent_bytes, outgoing.sent = sum(len(payload) for _, payload in payloads), True
@@ -295,23 +295,27 @@ class Handover:
             return -1, ""
         return number(answer, "actors"), text(answer, "incarnation")
 
+    async def _announce_ahead(self, request: StepRequest, rows: list[ManifestRow]) -> list[int]:
+        lacking, _ = await self._announce(request, rows, ahead=True)
+        return lacking
+
     async def _verify_precopied(self, request: StepRequest) -> None:
         """Have the destination decode ahead what was copied ahead: that takes no less time than sending it."""
         while (await self._ask_destination(request, "verify_ahead", request)).get("pending"):
             pass
 
     async def _announce(
-        self, request: StepRequest, rows: list[ManifestRow], *, verify: bool = False
+        self, request: StepRequest, rows: list[ManifestRow], *, ahead: bool = False
     ) -> tuple[list[int], str | None]:
-        """Tell the destination what is coming.
+        """Tell the destination what is coming, and unless it comes `ahead` of the pause, ask for its word as well.
 
         Returns the indexes of the rows that it lacks, and, when it lacks none and has verified all of them already, its
         incarnation.
         """
         lacking: list[int] = []
         word = None
-        for page in manifest_pages(request, rows, verify=verify):
-            answer = await self._ask_destination(request, "stage", page)
+        for page in manifest_pages(request, rows, verify=not ahead):
+            answer = await self._ask_destination(request, "stage_ahead" if ahead else "stage", page)
             lacking += numbers(answer, "lacking")
             if "incarnation" in answer and number(answer, "actors") == len(rows):
                 word = text(answer, "incarnation")

@@ -321,7 +321,7 @@ class Node:
         return {
             **{verb: (STEP_REQUEST, getattr(self._handover, verb)) for verb in leaving},
             **{verb: (STEP_REQUEST, getattr(self._reception, verb)) for verb in arriving},
-            "stage": (MIGRATION_REQUEST, self._reception.handle_migration_request),
+            **dict.fromkeys(("stage", "stage_ahead"), (MIGRATION_REQUEST, self._reception.handle_migration_request)),
             "drain": (None, self._drain_asked),
             "inventory": (None, self._inventory),
             "status": (None, self._status),

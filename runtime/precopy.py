@@ -33,7 +33,7 @@ class Precopy:
 
     def __init__(
         self, *, mailboxes: Mailboxes, sender: ChunkSender, settings: Settings, clock: Callable[[], float],
-        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[tuple[list[int], str | None]]],
+        announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]],
         verify: Callable[[StepRequest], Awaitable[None]], check_room: Callable[[Outgoing, int], None],
     ) -> None:  # fmt: skip
         self._mailboxes, self._sender, self._settings, self._clock = mailboxes, sender, settings, clock
@@ -75,7 +75,7 @@ class Precopy:
         if not outgoing.precopied:
             return
         copied = list(outgoing.precopied.values())
-        lacking, _ = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
+        lacking = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
         payloads = [(index, copied[index].payload or b"") for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=goes_on, throttle=self._throttle)
         await self._verify(request)

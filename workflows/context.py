@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 import uvloop
@@ -59,8 +60,13 @@ class StepContext:
         self._about_to_save: set[str] = set()
         self._ahead: OrderedDict[str, Ahead] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._answers: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
         self._taken_at: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def turn(self, move_id: str) -> asyncio.Lock:
+        """Who holds it is alone in taking a step of this move here: a chain that comes twice may run twice at once."""
+        return self._turns.setdefault(move_id, asyncio.Lock())
 
     # -- running ahead -----------------------------------------------------------------------------------------------
     def run_ahead(self, move_id: str, steps: Sequence[str], work: Callable[[Ahead], Coroutine[Any, Any, None]]) -> None:

@@ -217,6 +217,11 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
     """
     if attempt == 0 and await context.relieves(move_id, step.name):
         return
+    async with context.turn(move_id):
+        await _take(step, context, move_id, attempt)
+
+
+async def _take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
     move = await context.recall(move_id, fresh=attempt > 0)
     for pause_s in BEHIND_S:
         if move is not None and _place(move.step) < _place(step.name):  # another worker's record, perhaps on its way

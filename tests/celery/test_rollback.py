@@ -18,7 +18,7 @@ REFUSALS = {
     "send": ("send", "send=error*1", ""),
     "send-stage": ("send", "", "stage=error*1"),
     "await_ack": ("await_ack", "await_ack=error*1", ""),
-    "await_ack-verify": ("await_ack", "", "verify=error*1"),
+    "await_ack-verify": ("await_ack", "", "verify=error*2"),
     "delete": ("delete", "commit=error*1", ""),
 }
 

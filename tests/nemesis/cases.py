@@ -1,8 +1,8 @@
 """The fault cases: where the protocol stands, whom the fault hits, what it is. Pure.
 
-    at a point of a move .... 7    a process stops exactly there (FERRY_FAILPOINTS), so that the moment is not luck
+    at a point of a move .... 8    a process stops exactly there (FERRY_FAILPOINTS), so that the moment is not luck
     a fault hits a party .... 6
-    and is one of ........... 3    = 126 directed cases
+    and is one of ........... 3    = 144 directed cases
 
 Random cases choose among all the points there are, how long a fault lasts, and sometimes strike two parties at once.
 """
@@ -19,6 +19,7 @@ class Point(StrEnum):
     """How far the move has come when the fault strikes."""
 
     PAUSE = "pause"
+    COPY_AHEAD = "copy_ahead"
     CAPTURE = "capture"
     SERIALIZE = "serialize"
     SEND = "send"
@@ -53,6 +54,7 @@ class Marker:
 # Each kind of process marks some points, so that each is also found standing still in the middle of a step.
 MARKERS: Mapping[Point, Marker] = {
     Point.PAUSE: Marker(Party.SOURCE, "pause"),  # LOCK is in the map, the gate still open
+    Point.COPY_AHEAD: Marker(Party.DESTINATION, "stage_ahead"),  # the gate is still open, and the source waits
     Point.CAPTURE: Marker(Party.SOURCE, "capture"),
     Point.SERIALIZE: Marker(Party.SOURCE, "serialize"),
     Point.SEND: Marker(Party.DESTINATION, "stage"),  # the source waits for it in the middle of its step
@@ -62,9 +64,10 @@ MARKERS: Mapping[Point, Marker] = {
 }
 
 # A worker is hit with its next step in hand. Stopped and woken, it takes that step late: a LOCK after others have ended
-# the move, for instance. After COMMIT it waits for the source's answer.
+# the move, for instance. While states are copied ahead, and after COMMIT, it waits for the source's answer.
 WORKER_MARKERS: Mapping[Point, Marker] = {
     Point.PAUSE: Marker(Party.WORKER, "pause.begin"),
+    Point.COPY_AHEAD: MARKERS[Point.COPY_AHEAD],
     Point.CAPTURE: Marker(Party.WORKER, "capture.begin"),
     Point.SERIALIZE: Marker(Party.WORKER, "serialize.begin"),
     Point.SEND: Marker(Party.WORKER, "send.begin"),
@@ -78,7 +81,7 @@ _ALL_MARKERS = (
     *(Marker(Party.WORKER, f"{step}.{end}") for step in _STEPS for end in ("begin", "end")),
     *(Marker(Party.SOURCE, name) for name in ("pause", "capture", "serialize", "send", "await_ack")),
     *(Marker(Party.SOURCE, name) for name in ("commit", "committed")),
-    *(Marker(Party.DESTINATION, name) for name in ("stage", "verify", "activate")),
+    *(Marker(Party.DESTINATION, name) for name in ("stage_ahead", "verify_ahead", "stage", "verify", "activate")),
 )
 
 # A stopped worker sleeps until another has taken its move on, which a reconciler asks for after three seconds. Anybody

@@ -56,7 +56,7 @@ def test_directed_cases_are_all_combinations_once() -> None:
     """Seven points, six parties, three faults."""
     cases = list(directed())
 
-    assert len(cases) == len({case.name for case in cases}) == 126
+    assert len(cases) == len({case.name for case in cases}) == 144
     assert all(len(case.strikes) == 1 for case in cases)
 
 
