@@ -24,7 +24,10 @@ FAULTS_CHARACTERS = 1_000  # of a refusal: a page of rows can be wrong in thousa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequest:
-    """A worker asks a node to take one step of a move. `offset` pages through the actors in the answer."""
+    """A worker asks a node to take one step of a move. `offset` pages through the actors in the answer.
+
+    `ahead` asks for a pause and, as far as they take no time, for the steps that follow from it.
+    """
 
     move: str
     unit: str
@@ -32,6 +35,7 @@ class StepRequest:
     source: str
     destination: str
     offset: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,7 @@ class _StepRequestSchema(_Strict):
     source = _name
     destination = _name
     offset = fields.Integer(load_default=0, strict=True, validate=validate.Range(0))
+    ahead = fields.Boolean(load_default=False, truthy={True}, falsy={False})
 
     @post_load
     def build(self, values: dict[str, Any], **_: Any) -> StepRequest:

@@ -42,6 +42,8 @@ log = structlog.get_logger("ferry.handover")
 
 COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's answer
 PATIENCE = 0.5  # of the asker's deadline: a verb answers "pending" after that instead of letting it pass
+FEW = 8  # actors: to prepare a move of so many takes about a millisecond, and Celery's first hand-over three
+AT_ONCE_S = 0.005
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
 
 
@@ -68,9 +70,10 @@ class Handover:
 
     # -- source ------------------------------------------------------------------------------------------------------
     async def pause(self, request: StepRequest) -> dict[str, Any]:
-        """Close the gate of the whole unit and let what runs finish. Answers `{"actors", "waiting"}`.
+        """Close the gate of the whole unit and let what runs finish. Answers `{"actors", "waiting", "ago_s"}`.
 
         The whole unit, not only its live actors: otherwise a message would activate one in the middle of the move.
+        Asked `ahead`, a unit of few actors is prepared as well, and `"prepared"` is what `prepare` answers.
         States are copied before; while that goes on the answer has `"pending": true` and the gate is open.
         """
         unit = await self._locked(request)
@@ -80,7 +83,11 @@ class Handover:
                 return {"actors": len(unit.actors), "waiting": 0, "pending": True}
             unit = await self._locked(request)  # that took a while
         await self._host.close_gate(unit, request.move)
-        return {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+        answer: dict[str, Any] = {"actors": len(unit.actors), "waiting": len(unit.buffer)}
+        closed_s = self._clock()
+        if request.ahead and len(unit.actors) <= FEW:
+            answer["prepared"] = await self._prepared(request, within_s=AT_ONCE_S)
+        return {**answer, "ago_s": self._clock() - closed_s}
 
     async def precopy(self, request: StepRequest) -> dict[str, Any]:
         """Copy ahead what would take long with the gate closed. `"pending": true`: it goes on, ask again.
@@ -138,31 +145,34 @@ class Handover:
     async def prepare(self, request: StepRequest) -> dict[str, Any]:
         """Take the steps up to COMMIT in one go, as far as half a step's time lasts.
 
-        Answers `{verb: {"ok": its answer, "after_s": seconds since this began}}`, and at the end
-        `{verb: {"error": ...}}` when one was refused. What takes long is left out: whoever asks for that verb then
-        waits.
+        Answers `{verb: {"ok": its answer, "ago_s": seconds since then}}`, and at the end `{verb: {"error": ...}}` when
+        one was refused. What takes long is left out: whoever asks for that verb then waits.
         """
+        return await self._prepared(request, within_s=self._patience_s)
+
+    async def _prepared(self, request: StepRequest, *, within_s: float) -> dict[str, Any]:
         _, outgoing = self._paused(request)
         if outgoing.ahead is None:
             outgoing.prepared.clear()
             outgoing.ahead = Errand(self._spawn, self._go_ahead(request, outgoing))
         ahead = outgoing.ahead
-        await ahead.ends_within(self._patience_s)
-        return dict(outgoing.prepared)
+        await ahead.ends_within(within_s)
+        now_s = self._clock()
+        return {verb: {**answer, "ago_s": now_s - taken_s} for verb, (answer, taken_s) in outgoing.prepared.items()}
 
     async def _go_ahead(self, request: StepRequest, outgoing: Outgoing) -> None:
-        began_s = self._clock()
         for verb in ("capture", "serialize", "send", "await_ack"):
             try:
                 self._failpoints.hit(verb)
                 answer = await getattr(self, verb)(request)
             except FerryError as error:
                 log.info("not prepared any further", verb=verb, move=request.move, error=str(error))
-                outgoing.prepared[verb], outgoing.ahead = {"error": to_wire(error)}, None  # asked again, it tries again
+                outgoing.prepared[verb] = {"error": to_wire(error)}, self._clock()
+                outgoing.ahead = None  # asked again, it tries again
                 return
             if answer.get("pending"):
                 return
-            outgoing.prepared[verb] = {"ok": answer, "after_s": self._clock() - began_s}
+            outgoing.prepared[verb] = {"ok": answer}, self._clock()
 
     async def capture(self, request: StepRequest) -> dict[str, Any]:
         """Take the state of every live actor at the last sequence of its log. Answers a page of rows.

@@ -117,7 +117,7 @@ class Outgoing:
     precopy: Errand | None = None
     precopy_over: bool = False  # done or failed, it is tried once
     ahead: Errand | None = None  # the steps up to COMMIT, taken in one go
-    prepared: dict[str, Any] = field(default_factory=dict)  # what they answered
+    prepared: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)  # what they answered, and when
     leaving: list[Leaving] | None = None  # everything to be handed over, once the gate is closed
     rows: list[ManifestRow] | None = None
     sending: Errand | None = None

@@ -56,6 +56,7 @@ class StepContext:
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
         self._saving: OrderedDict[str, asyncio.Task[Move]] = OrderedDict()
+        self._revisions: OrderedDict[str, int] = OrderedDict()  # of the records as saved behind their steps
         self._unsaved: dict[str, list[tuple[Move, Sequence[ActorRow]]]] = {}
         self._about_to_save: set[str] = set()
         self._ahead: OrderedDict[str, Ahead] = OrderedDict()
@@ -100,47 +101,66 @@ class StepContext:
         ahead = self._ahead.get(move_id)
         return ahead is not None and await ahead.take(step)
 
-    async def prepare(self, move: Move) -> None:
-        """Have the source take all steps up to COMMIT in one go. `ask` then has what it answered, as far as it got."""
-        asked_at = self.now()
-        asking = asyncio.get_running_loop().create_task(self._ask(move.source, "prepare", move, 0))
+    async def prepare(self, move: Move, steps: Sequence[str]) -> None:
+        """Have the source take steps that follow from the pause in one go, unless it has done so together with that.
+
+        `ask` then has what it answered, as far as it got.
+        """
+        for step in steps:
+            if "error" in (answer := self._answers.get((move.id, step), {})):
+                return
+            if "ok" not in answer:
+                break
+        else:
+            return
+        asking = asyncio.get_running_loop().create_task(self._ask(move.source, "prepare", move))
         await asyncio.wait([asking], timeout=PROMPT_S)
         if not asking.done():
             self.write_down(move.id)
-        for verb, prepared in (await asking).items():
-            if isinstance(prepared, dict):
-                _keep(self._answers, (move.id, verb), prepared)
-                _keep(self._taken_at, (move.id, verb), asked_at + _seconds(prepared.get("after_s")))
+        self.keep_prepared(move.id, await asking)
+
+    def keep_prepared(self, move_id: str, answers: Any) -> None:
+        """Keep what a source has answered to steps that were not asked for one by one."""
+        for verb, answer in answers.items() if isinstance(answers, dict) else ():
+            if isinstance(answer, dict):
+                _keep(self._answers, (move_id, verb), answer)
+                self.taken(move_id, verb, answer.get("ago_s"))
+
+    def taken(self, move_id: str, verb: str, ago_s: Any) -> None:
+        """A node says how long ago it took a step; the record will name that time."""
+        _keep(self._taken_at, (move_id, verb), self.now() - _seconds(ago_s))
 
     def is_prepared(self, move_id: str, verb: str) -> bool:
         """Whether `ask` has the answer already, and it is no refusal: that is for the step's own task."""
         return "ok" in self._answers.get((move_id, verb), {})
 
     # -- asking a node -----------------------------------------------------------------------------------------------
-    async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0) -> dict[str, Any]:
+    async def ask(self, node: str, verb: str, move: Move, *, offset: int = 0, ahead: bool = False) -> dict[str, Any]:
         """Ask a node for one verb of a move. Raises what the node reported, Unavailable, Timeout."""
         prepared = self._answers.pop((move.id, verb), None) if offset == 0 else None
         if prepared is not None:
             return control.result_in(prepared)
         self.write_down(move.id)  # what it has passed is saved while the node is at work
-        return await self._ask(node, verb, move, offset)
+        return await self._ask(node, verb, move, offset=offset, ahead=ahead)
 
-    async def _ask(self, node: str, verb: str, move: Move, offset: int) -> dict[str, Any]:
+    async def _ask(self, node: str, verb: str, move: Move, *, offset: int = 0, ahead: bool = False) -> dict[str, Any]:
         request = StepRequest(
             move=move.id, unit=move.unit, epoch=move.epoch or 0, source=move.source, destination=move.destination,
-            offset=offset,
+            offset=offset, ahead=ahead,
         )  # fmt: skip
         return await control.ask(self.link, self.subjects, node, verb, request, timeout_s=self.settings.step_timeout_s)
 
-    async def ask_through(self, node: str, verb: str, move: Move) -> tuple[Move, dict[str, Any]]:
+    async def ask_through(
+        self, node: str, verb: str, move: Move, *, ahead: bool = False
+    ) -> tuple[Move, dict[str, Any]]:
         """Ask again while the node answers that it is still at it; the record then says so, or a reconciler steps in.
 
         Returns the move as recorded last, and the last answer.
         """
-        answer = await self.ask(node, verb, move)
+        answer = await self.ask(node, verb, move, ahead=ahead)
         while answer.get("pending"):
             move = await self._save_behind(replace(move, step_at=self.now()))
-            answer = await self.ask(node, verb, move)
+            answer = await self.ask(node, verb, move, ahead=ahead)
         return move, answer
 
     async def ask_rows(self, node: str, verb: str, move: Move) -> list[dict[str, Any]]:
@@ -187,24 +207,30 @@ class StepContext:
     async def _save_passed(self, move_id: str, before: asyncio.Task[Move] | None) -> Move:
         """Save what a move has passed since the save `before` this one, on whose revision it builds."""
         try:
-            revision = 0 if before is None else (await before).revision
+            if before is not None:
+                await before
         finally:
             passed = self._unsaved.pop(move_id)
             self._about_to_save.discard(move_id)
         *through, (last, _) = passed
         rows = {row.index: row for _, rows in passed for row in rows}
-        return await self.store.save(
-            replace(last, revision=max(last.revision, revision)), actors=list(rows.values()),
-            through=[move for move, _ in through],
-        )  # fmt: skip
+        saved = await self.store.save(
+            self._on_top(last), actors=list(rows.values()), through=[move for move, _ in through]
+        )
+        _keep(self._revisions, move_id, saved.revision)
+        return saved
+
+    def _on_top(self, move: Move) -> Move:
+        """A move's record, to be saved on top of what was saved behind its steps."""
+        return replace(move, revision=max(move.revision, self._revisions.get(move.id, 0)))
 
     async def _save_behind(self, move: Move) -> Move:
         """Save a move after what it has passed. Raises WrongSequence when somebody else recorded meanwhile."""
         self.write_down(move.id)
         before = self._saving.get(move.id)
         if before is not None:
-            move = replace(move, revision=max(move.revision, (await asyncio.shield(before)).revision))
-        return await self.store.save(move)
+            await asyncio.shield(before)
+        return await self.store.save(self._on_top(move))
 
     async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
         """A move's record as this process saved it last, or, with `fresh` or without such, as stored.
@@ -306,7 +332,7 @@ class StepContext:
 
 
 def _seconds(value: Any) -> float:
-    """What a node says that something took; at once, when it says nothing that can be."""
+    """How long ago something was, as a node says; now, when it says nothing that can be."""
     return float(value) if type(value) in (int, float) and 0 <= value < math.inf else 0.0
 
 

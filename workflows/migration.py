@@ -75,7 +75,9 @@ async def pause(context: StepContext, move: Move) -> Move:
     """
     entry = await context.lock(move)
     locked = replace(move, epoch=entry.ownership.epoch)
-    locked, answer = await context.ask_through(move.source, "pause", locked)
+    locked, answer = await context.ask_through(move.source, "pause", locked, ahead=True)
+    context.taken(move.id, "pause", answer.get("ago_s"))
+    context.keep_prepared(move.id, answer.get("prepared"))
     return context.passed(locked, MigrationStatus.PAUSED, messages_buffered=answer["waiting"])
 
 
@@ -208,6 +210,7 @@ CHAIN: tuple[Step, ...] = (
     Step("delete", delete, PRIORITY_BEGUN),
 )
 assert tuple(step.name for step in CHAIN) == STEPS
+AHEAD = tuple(step.name for step in CHAIN if step.may_run_ahead)
 
 
 async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
@@ -240,15 +243,14 @@ async def _take(step: Step, context: StepContext, move_id: str, attempt: int) ->
 def _run_ahead(step: Step, context: StepContext, done: Move) -> None:
     """After the pause, go on with the steps up to COMMIT while Celery hands the chain on to them."""
     if step is CHAIN[0] and done.status not in TERMINAL:
-        names = [later.name for later in CHAIN if later.may_run_ahead]
-        context.run_ahead(done.id, names, partial(_go_on, context, done))
+        context.run_ahead(done.id, AHEAD, partial(_go_on, context, done))
     else:
         context.write_down(done.id)
 
 
 async def _go_on(context: StepContext, move: Move, ahead: Ahead) -> None:
     """Steps ahead of their tasks, as far as the source has taken them. The next one's own task goes on from there."""
-    await context.prepare(move)
+    await context.prepare(move, AHEAD)
     for step in CHAIN:
         if not step.may_run_ahead:
             continue

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from routing.errors import Unavailable
+from runtime.handover import FEW
 from tests.unit.cluster import cluster
 from tests.unit.test_races import Shelf, planned, planned_move, worker
-from tests.unit.virtual_time import until, virtually, wall_clock
+from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
 from workflows.migration import CHAIN, take, take_together
 from workflows.records import MigrationStatus
@@ -72,9 +73,64 @@ async def test_after_the_pause_nothing_is_left_to_do_but_to_commit() -> None:
 
 
 @virtually
+@pytest.mark.parametrize(("actors", "asked"), [(FEW, 0), (FEW + 1, 1)], ids=["few", "many"])
+async def test_a_unit_of_few_actors_is_prepared_together_with_its_pause(actors: int, asked: int) -> None:
+    """One answer tells of all steps up to COMMIT; a larger one is prepared while Celery hands the chain on."""
+    async with cluster("a", "b") as small:
+        for number in range(actors):
+            await small.send(f"k{number}", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+
+        await take(PAUSE, worker(small, shelf), move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+
+        assert len(small.messages_to("prepare")) == asked
+        recorded = shelf.stored[move.id]
+        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
+        assert times == sorted(time for time in times if time is not None)
+        assert recorded.actors_total == actors
+
+
+@virtually
+async def test_a_pause_does_not_wait_for_a_destination_that_is_away() -> None:
+    """What cannot be had at once is left to the steps, and their tasks tell what is wrong."""
+    async with cluster("a", "b", precopy_from_bytes=10**9) as small:
+        await small.send("k", "write", entry="one")
+        request = await small.lock("m", "b")
+
+        async def silent(_: object) -> dict[str, object]:
+            await asyncio.sleep(60.0)
+            return {}
+
+        small.nodes["b"].node._verbs["stage"] = (None, silent)
+        began_s = clock()
+
+        paused = await small.ask("pause", replace(request, ahead=True))
+
+        assert clock() - began_s < 0.1
+        assert list(paused["prepared"]) == ["capture", "serialize"]
+
+
+@virtually
+async def test_a_step_that_is_delivered_twice_at_once_is_taken_and_recorded_once() -> None:
+    """Celery delivers a task a second time while a thread of the same worker still takes it."""
+    async with cluster("a", "b", latency=lambda: 0.01) as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+
+        await asyncio.gather(*(take(PAUSE, context, move.id, 0) for _ in range(3)))
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+
+        assert len(small.messages_to("pause")) == 1
+
+
+@virtually
 async def test_a_step_is_recorded_at_the_time_at_which_the_source_took_it() -> None:
     """Not when the worker heard of all of them at once: `ferry migration` shows where the time of a move went."""
-    async with cluster("a", "b", latency=lambda: 0.05) as small:
+    async with cluster("a", "b", latency=lambda: 0.05, precopy_from_bytes=10**9) as small:
         await small.send("k", "write", entry="one")
         shelf = Shelf()
         move = await planned_move(small, shelf)

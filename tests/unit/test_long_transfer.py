@@ -9,6 +9,7 @@ import string
 import pytest
 
 from routing.errors import Busy, NotApplicable, PayloadTooLarge, Timeout, TransientError
+from runtime.handover import FEW
 from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.test_races import Office, Shelf, planned
 from tests.unit.virtual_time import clock, until, virtually
@@ -128,6 +129,8 @@ async def test_a_worker_and_a_reconciler_let_a_long_move_take_its_time() -> None
     async with cluster("a", "b", **settings) as small:
         await small.send("k", "write", entry=LARGE)
         await small.send("late", "write", entry=LARGE)
+        for number in range(FEW):  # more than are prepared together with the pause
+            await small.send(f"k{number}", "write", entry="small")
         shelf = Shelf()
         office = Office(small, shelf)
         office.admission.add([await shelf.save(planned(1))])

@@ -438,7 +438,8 @@ async def test_all_steps_up_to_commit_are_taken_when_asked_for_together() -> Non
         prepared = await small.ask("prepare", request)
 
         assert list(prepared) == ["capture", "serialize", "send", "await_ack"]
-        assert prepared == await small.ask("prepare", request)
+        again = await small.ask("prepare", request)
+        assert [answer["ok"] for answer in again.values()] == [answer["ok"] for answer in prepared.values()]
         for verb in ("capture", "serialize", "await_ack"):
             assert prepared[verb]["ok"] == await small.ask(verb, request)
         await small.step("commit", request)
@@ -457,7 +458,7 @@ async def test_what_cannot_be_prepared_is_told_by_its_own_verb() -> None:
         prepared = await small.ask("prepare", request)
 
         assert {verb: list(answer) for verb, answer in prepared.items()} == {
-            "capture": ["ok", "after_s"], "serialize": ["ok", "after_s"], "send": ["error"]
+            "capture": ["ok", "ago_s"], "serialize": ["ok", "ago_s"], "send": ["error", "ago_s"]
         }  # fmt: skip
         with pytest.raises((Timeout, Unavailable)):
             await small.ask("send", request)
