@@ -150,7 +150,7 @@ def test_garbage_instead_of_state_is_counted_and_the_node_serves_on(scene: Scene
 
 def test_a_destination_that_answers_garbage_ends_the_step_and_not_the_source(scene: Scene) -> None:
     """A source in the middle of a move reads what its destination answers; it can be refused, never fatal."""
-    answers: list[bytes] = []
+    answers = [control.encode_result(Unavailable("nothing is copied ahead"))]
 
     def reply(message: Message) -> None:
         scene.coordinator._run_aside(scene.link.publish(message.reply, answers[0]))
@@ -342,7 +342,7 @@ def test_every_refusal_is_in_the_log_with_its_reason(scene: Scene, subject: str,
 # -- a client ----------------------------------------------------------------------------------------------------------
 def test_garbage_instead_of_an_answer_is_doubt_and_the_client_goes_on(scene: Scene) -> None:
     """A command whose answers cannot be read may have been applied: never a plain refusal, never a foreign error."""
-    answers: list[bytes] = []
+    answers = [control.encode_result(Unavailable("nothing is copied ahead"))]
 
     def reply(message: Message) -> None:
         scene.coordinator._run_aside(scene.link.publish(message.reply, answers[0]))
