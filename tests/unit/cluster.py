@@ -379,3 +379,8 @@ async def cluster(
     for error in ended:
         # A node may be told to go; it may not have died of anything else than what the test did to it.
         assert not isinstance(error, BaseException) or isinstance(error, asyncio.CancelledError | FerryError), error
+
+
+async def answered(future: asyncio.Future[Answer], within_s: float = 40.0) -> Answer:
+    async with asyncio.timeout(within_s):
+        return await future

@@ -1,7 +1,7 @@
 """The failures that the model, the simulation and Jepsen found, each as a scene with real nodes.
 
 Named after the rules in docs/protocol.md: T1 to T15 by the model, S1 by the simulation, J by Jepsen's report on NATS.
-J is in test_node.py, with the other logs that are too short.
+J is in test_node_garbage.py, with the other logs that are too short.
 """
 
 from __future__ import annotations
