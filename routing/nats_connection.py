@@ -366,8 +366,10 @@ class NatsConnection:
     async def _register_on(self, client: Client, registration: Registration) -> None:
         async def deliver(message: Msg) -> None:
             self._delivering = True  # answers given at once need not wait for the end of the turn
-            self.guard(registration.subject, registration.receive, message)
-            self._delivering = False
+            try:
+                self.guard(registration.subject, registration.receive, message)
+            finally:
+                self._delivering = False
             if await self._flush() >= MANY:
                 await asyncio.sleep(0)  # let them leave now: the next frame is a millisecond's work
 

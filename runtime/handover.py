@@ -84,10 +84,11 @@ class Handover:
             unit = await self._locked(request)  # that took a while
         await self._host.close_gate(unit, request.move)
         answer: dict[str, Any] = {"actors": len(unit.actors), "waiting": len(unit.buffer)}
-        closed_s = self._clock()
+        if outgoing.closed_s is None:  # else the answer to the pause was lost
+            outgoing.closed_s = self._clock()
         if request.ahead and len(unit.actors) <= FEW:
             answer["prepared"] = await self._prepared(request, within_s=AT_ONCE_S)
-        return {**answer, "ago_s": self._clock() - closed_s}
+        return {**answer, "ago_s": self._clock() - outgoing.closed_s}
 
     async def precopy(self, request: StepRequest) -> dict[str, Any]:
         """Copy ahead what would take long with the gate closed. `"pending": true`: it goes on, ask again.

@@ -116,6 +116,7 @@ class Outgoing:
     precopied: dict[ActorId, Leaving] = field(default_factory=dict)
     precopy: Errand | None = None
     precopy_over: bool = False  # done or failed, it is tried once
+    closed_s: float | None = None  # when the gate was closed and no handler ran any more
     ahead: Errand | None = None  # the steps up to COMMIT, taken in one go
     prepared: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)  # what they answered, and when
     leaving: list[Leaving] | None = None  # everything to be handed over, once the gate is closed

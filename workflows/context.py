@@ -124,7 +124,8 @@ class StepContext:
         for verb, answer in answers.items() if isinstance(answers, dict) else ():
             if isinstance(answer, dict):
                 _keep(self._answers, (move_id, verb), answer)
-                self.taken(move_id, verb, answer.get("ago_s"))
+                if "ok" in answer:
+                    self.taken(move_id, verb, answer.get("ago_s"))
 
     def taken(self, move_id: str, verb: str, ago_s: Any) -> None:
         """A node says how long ago it took a step; the record will name that time."""
@@ -214,15 +215,14 @@ class StepContext:
             self._about_to_save.discard(move_id)
         *through, (last, _) = passed
         rows = {row.index: row for _, rows in passed for row in rows}
-        saved = await self.store.save(
-            self._on_top(last), actors=list(rows.values()), through=[move for move, _ in through]
-        )
-        _keep(self._revisions, move_id, saved.revision)
-        return saved
+        return await self._save_on_top(last, actors=list(rows.values()), through=[move for move, _ in through])
 
-    def _on_top(self, move: Move) -> Move:
-        """A move's record, to be saved on top of what was saved behind its steps."""
-        return replace(move, revision=max(move.revision, self._revisions.get(move.id, 0)))
+    async def _save_on_top(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
+        """Save a move on top of what this process saved behind its steps last."""
+        move = replace(move, revision=max(move.revision, self._revisions.get(move.id, 0)))
+        saved = await self.store.save(move, actors=actors, through=through)
+        _keep(self._revisions, move.id, saved.revision)
+        return saved
 
     async def _save_behind(self, move: Move) -> Move:
         """Save a move after what it has passed. Raises WrongSequence when somebody else recorded meanwhile."""
@@ -230,7 +230,7 @@ class StepContext:
         before = self._saving.get(move.id)
         if before is not None:
             await asyncio.shield(before)
-        return await self.store.save(self._on_top(move))
+        return await self._save_on_top(move)
 
     async def recall(self, move_id: str, *, fresh: bool = False) -> Move | None:
         """A move's record as this process saved it last, or, with `fresh` or without such, as stored.
@@ -239,7 +239,7 @@ class StepContext:
         Timeout when that save failed.
         """
         self.write_down(move_id)
-        saving = self._saving.pop(move_id, None)
+        saving = self._saving.get(move_id)
         if saving is not None:
             try:
                 saved = await asyncio.shield(saving)
@@ -251,7 +251,13 @@ class StepContext:
             else:
                 if not fresh:
                     return saved
-        return await self.store.move(move_id)
+            finally:
+                if self._saving.get(move_id) is saving:
+                    del self._saving[move_id]
+        stored = await self.store.move(move_id)
+        if stored is not None and stored.revision < self._revisions.get(move_id, 0):
+            self._revisions[move_id] = stored.revision  # Redis has lost what it had acknowledged
+        return stored
 
     # -- the map -----------------------------------------------------------------------------------------------------
     async def lock(self, move: Move) -> MapEntry:

@@ -309,14 +309,15 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
 
 async def _copy_ahead(context: StepContext, move_id: str) -> None:
     """LOCK one move of a convoy and copy it ahead, before the gate of any is closed. `pause` tells what fails."""
-    move = await context.recall(move_id)
-    if move is None or move.step != CHAIN[0].name:
-        return
-    try:
-        entry = await context.lock(move)
-        await context.ask_through(move.source, "precopy", replace(move, epoch=entry.ownership.epoch))
-    except (PermanentError, TransientError, InDoubt, WrongSequence) as error:
-        log.info("not copied ahead", move=move_id, error=str(error))
+    async with context.turn(move_id):
+        move = await context.recall(move_id)
+        if move is None or move.step != CHAIN[0].name:
+            return
+        try:
+            entry = await context.lock(move)
+            await context.ask_through(move.source, "precopy", replace(move, epoch=entry.ownership.epoch))
+        except (PermanentError, TransientError, InDoubt, WrongSequence) as error:
+            log.info("not copied ahead", move=move_id, error=str(error))
 
 
 async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from routing.errors import Unavailable
+from routing.control import StepRequest
+from routing.errors import Timeout, Unavailable
 from runtime.handover import FEW
 from tests.unit.cluster import cluster
 from tests.unit.test_races import Shelf, planned, planned_move, worker
@@ -16,7 +17,7 @@ from workflows.ahead import Ahead
 from workflows.migration import CHAIN, take, take_together
 from workflows.records import MigrationStatus
 
-PAUSE, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[4], CHAIN[5]
+PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
 
 
 @virtually
@@ -210,3 +211,123 @@ async def test_a_convoy_is_copied_ahead_before_the_first_gate_is_closed() -> Non
         verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
         asked = [verb for verb in verbs if verb in ("precopy", "pause")]
         assert asked == ["precopy", "precopy", "pause", "pause"]
+
+
+@virtually
+async def test_times_are_in_order_when_the_answer_to_the_pause_was_lost() -> None:
+    """The second answer tells when the gate was closed, not when it was asked again."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+        small.disturb("drop_reply", "request", ".pause")
+
+        with pytest.raises(Timeout):
+            await take(PAUSE, context, move.id, 0)
+        await take(PAUSE, context, move.id, 1)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+
+        recorded = shelf.stored[move.id]
+        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
+        assert times == sorted(time for time in times if time is not None)
+
+
+@virtually
+async def test_a_step_that_was_refused_is_recorded_when_it_passes() -> None:
+    """Not at the time of the refusal that came with the pause."""
+    async with cluster("a", "b", precopy_from_bytes=10**9) as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context, verbs = worker(small, shelf), small.nodes["b"].node._verbs
+
+        async def refuse(_: object) -> dict[str, object]:
+            raise Unavailable("not now")
+
+        stage, verbs["stage"] = verbs["stage"], (None, refuse)
+        await take(PAUSE, context, move.id, 0)
+        await asyncio.sleep(0.1)
+        with pytest.raises(Unavailable):
+            await take(SEND, context, move.id, 0)
+        await asyncio.sleep(2.0)
+        verbs["stage"], tried_at = stage, wall_clock()
+        await take(SEND, context, move.id, 1)
+        await context.recall(move.id)
+
+        sent_at = shelf.stored[move.id].sent_at
+        assert sent_at is not None
+        assert sent_at >= tried_at
+
+
+@virtually
+async def test_a_record_that_redis_has_lost_costs_a_pause_more() -> None:
+    """A fail-over of Redis may take acknowledged writes back; the steps are recorded anew from there."""
+    async with cluster("a", "b", latency=lambda: 0.02) as small:
+        for number in range(FEW + 1):
+            await small.send(f"k{number}", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        before, context = shelf.stored[move.id], worker(small, shelf)
+        await take(PAUSE, context, move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.PAUSED)
+
+        shelf.stored[move.id] = before
+        for step in CHAIN[1:]:
+            await take(step, context, move.id, 0)
+
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+        assert len(small.messages_to("pause")) == 2
+
+
+@virtually
+async def test_a_task_that_comes_twice_does_not_take_a_save_away_from_the_next() -> None:
+    """What is passed while a save is on its way is saved after it, whoever waits for that one as well."""
+    async with cluster("a", "b", latency=lambda: 0.015) as small:
+        for number in range(FEW + 1):
+            await small.send(f"k{number}", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+
+        async def slow(_: object) -> None:
+            await asyncio.sleep(0.5)
+
+        shelf.before = slow
+        await take(PAUSE, context, move.id, 0)
+        await asyncio.sleep(0.015)
+        await take(PAUSE, context, move.id, 0)
+        await asyncio.sleep(1.1)
+
+        assert shelf.stored[move.id].status is MigrationStatus.ACKED
+
+
+@virtually
+async def test_a_convoy_that_comes_twice_is_copied_ahead_by_one_after_the_other() -> None:
+    """Both say in the record that they are at it; neither takes the other's revision away."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context, verbs = worker(small, shelf), small.nodes["a"].node._verbs
+        schema, pause = verbs["pause"]
+        until_s = clock() + 3.0
+
+        async def at_it(_: object) -> dict[str, object]:
+            await asyncio.sleep(0.05)
+            return {"pending": True} if clock() < until_s else {}
+
+        async def pause_late(request: StepRequest) -> dict[str, object]:
+            await asyncio.sleep(0.2)
+            return {"pending": True} if clock() < until_s else await pause(request)
+
+        verbs["precopy"], verbs["pause"] = (schema, at_it), (schema, pause_late)
+
+        async def second() -> list[str]:
+            await asyncio.sleep(1.03)
+            return await take_together(PAUSE, context, [move.id], 0)
+
+        _, lost = await asyncio.gather(take(PAUSE, context, move.id, 0), second())
+
+        assert lost == []
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
