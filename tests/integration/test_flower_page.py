@@ -25,6 +25,7 @@ from redis import Redis
 
 from routing.address import ActorId, shard_of
 from tests.integration.waiting import until
+from workflows.app import app as ferry_app
 from workflows.local.binaries import redis_server_binary
 from workflows.local.probe import free_port, redis_process_id
 from workflows.records import (
@@ -292,7 +293,8 @@ def test_steps_show_what_flower_saw_of_their_tasks(redis_url: str, start_flower:
     assert states(flower.get("/migrations/data").document) == [None] * 6
 
     with Celery(broker=redis_url, set_as_current=False) as app, app.connection() as connection:
-        events = EventDispatcher(connection, hostname="worker@test")
+        app.conf.event_exchange = ferry_app.conf.event_exchange
+        events = EventDispatcher(connection, hostname="worker@test", app=app)
 
         def succeeded(document: Any) -> bool:
             # Again each time, because Flower may not listen to events yet.
