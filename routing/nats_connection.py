@@ -48,7 +48,6 @@ CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
 MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
 MAX_PENDING_BYTES = 2**30
-HEADERS_BYTES = 1_024  # more than any of ours have
 MANY = 8  # messages in a frame from which on a turn of the event loop is worth its cost
 NO_RESPONDERS = "503"
 
@@ -348,9 +347,7 @@ class NatsConnection:
     async def _hand_over(
         self, client: Client, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
     ) -> None:
-        if headers and len(payload) > self.max_payload - HEADERS_BYTES:
-            self._check_size(subject, len(payload) + _header_bytes(headers))  # nats-py counts no headers
-        self._check_size(subject, len(payload))
+        self._check_size(subject, len(payload) + _header_bytes(headers))  # nats-py counts no headers
         try:
             await client.publish(subject, payload, reply, headers)
         except nats_errors.Error as error:
@@ -482,5 +479,5 @@ def _translated(error: Exception, subject: str, url: str) -> FerryError:
     return Unavailable(f"not connected to NATS at {url} ({error}): try again")
 
 
-def _header_bytes(headers: dict[str, str]) -> int:
-    return 14 + sum(len(name) + len(value) + 4 for name, value in headers.items())
+def _header_bytes(headers: dict[str, str] | None) -> int:
+    return 14 + sum(len(name) + len(value) + 4 for name, value in headers.items()) if headers else 0

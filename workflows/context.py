@@ -106,12 +106,8 @@ class StepContext:
 
         `ask` then has what it answered, as far as it got.
         """
-        for step in steps:
-            if "error" in (answer := self._answers.get((move.id, step), {})):
-                return
-            if "ok" not in answer:
-                break
-        else:
+        known = [self._answers.get((move.id, step), {}) for step in steps]
+        if all("ok" in answer for answer in known) or any("error" in answer for answer in known):
             return
         asking = asyncio.get_running_loop().create_task(self._ask(move.source, "prepare", move))
         await asyncio.wait([asking], timeout=PROMPT_S)

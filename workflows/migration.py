@@ -68,7 +68,7 @@ async def pause(context: StepContext, move: Move) -> Move:
 
     Before: planned; the record names the revision of the map that LOCK must replace.
     Does: LOCK; the source copies states ahead while their actors go on; then it stops the whole shard between two
-        commands and keeps what arrives.
+        commands and keeps what arrives. With few actors it has then taken the steps up to COMMIT as well.
     Safe to repeat because: a lock for this move is found, not taken twice; closing a closed gate does nothing.
     Raises: NotApplicable when the shard changed hands since; Busy while handlers still run; Unavailable, Timeout.
     Undo: ABORT opens the gate, what waited goes first.

@@ -15,9 +15,17 @@ from tests.unit.test_races import Shelf, planned, planned_move, worker
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
 from workflows.migration import CHAIN, take, take_together
-from workflows.records import MigrationStatus
+from workflows.records import MigrationStatus, Move
 
 PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
+
+
+def step_times(move: Move) -> list[float]:
+    """When each step up to COMMIT was taken, of a move that has taken all of them."""
+    times = [move.paused_at, move.captured_at, move.serialized_at, move.sent_at, move.acked_at]
+    known = [time for time in times if time is not None]
+    assert len(known) == len(times)
+    return known
 
 
 @virtually
@@ -65,9 +73,7 @@ async def test_after_the_pause_nothing_is_left_to_do_but_to_commit() -> None:
             await take(step, context, move.id, 0)
 
         assert len(small.messages) == asked
-        recorded = shelf.stored[move.id]
-        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
-        assert None not in times
+        assert len(step_times(shelf.stored[move.id])) == 5
         await take(DELETE, context, move.id, 0)
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         await small.served_by("b")
@@ -88,8 +94,7 @@ async def test_a_unit_of_few_actors_is_prepared_together_with_its_pause(actors: 
 
         assert len(small.messages_to("prepare")) == asked
         recorded = shelf.stored[move.id]
-        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
-        assert times == sorted(time for time in times if time is not None)
+        assert step_times(recorded) == sorted(step_times(recorded))
         assert recorded.actors_total == actors
 
 
@@ -139,15 +144,10 @@ async def test_a_step_is_recorded_at_the_time_at_which_the_source_took_it() -> N
         await take(PAUSE, worker(small, shelf), move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
-        recorded = shelf.stored[move.id]
-        assert recorded.paused_at is not None
-        assert recorded.captured_at is not None
-        assert recorded.serialized_at is not None
-        assert recorded.sent_at is not None
-        assert recorded.acked_at is not None
-        assert recorded.paused_at <= recorded.captured_at <= recorded.serialized_at
-        assert recorded.sent_at - recorded.serialized_at >= 0.2  # there, back, and so again: manifest and bytes
-        assert recorded.sent_at <= recorded.acked_at <= wall_clock()
+        paused_at, captured_at, serialized_at, sent_at, acked_at = step_times(shelf.stored[move.id])
+        assert paused_at <= captured_at <= serialized_at
+        assert sent_at - serialized_at >= 0.2  # there, back, and so again: manifest and bytes
+        assert sent_at <= acked_at <= wall_clock()
 
 
 @virtually
@@ -228,9 +228,8 @@ async def test_times_are_in_order_when_the_answer_to_the_pause_was_lost() -> Non
         await take(PAUSE, context, move.id, 1)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
-        recorded = shelf.stored[move.id]
-        times = [recorded.paused_at, recorded.captured_at, recorded.serialized_at, recorded.sent_at, recorded.acked_at]
-        assert times == sorted(time for time in times if time is not None)
+        times = step_times(shelf.stored[move.id])
+        assert times == sorted(times)
 
 
 @virtually
