@@ -44,6 +44,7 @@ COMMITS_REMEMBERED = 1_000  # a `delete` that runs twice gets the first one's an
 PATIENCE = 0.5  # of the asker's deadline: a verb answers "pending" after that instead of letting it pass
 FEW = 8  # actors: to prepare a move of so many takes about a millisecond, and Celery's first hand-over three
 AT_ONCE_S = 0.005
+WORD_S = 1.0  # a destination that has verified everything may be dead by then: it is asked once more
 ACTIVATE_S = 2.0  # how long a committed source waits for the destination; it activates from the map in any case
 
 
@@ -159,7 +160,10 @@ class Handover:
         ahead = outgoing.ahead
         await ahead.ends_within(within_s)
         now_s = self._clock()
-        return {verb: {**answer, "ago_s": now_s - taken_s} for verb, (answer, taken_s) in outgoing.prepared.items()}
+        prepared = {verb: {**answer, "ago_s": now_s - taken_s} for verb, (answer, taken_s) in outgoing.prepared.items()}
+        if outgoing.ahead is ahead and any("error" in answer for answer in prepared.values()):
+            outgoing.ahead = None  # the refusal is told now: asked again, it tries again
+        return prepared
 
     async def _go_ahead(self, request: StepRequest, outgoing: Outgoing) -> None:
         for verb in ("capture", "serialize", "send", "await_ack"):
@@ -169,7 +173,6 @@ class Handover:
             except FerryError as error:
                 log.info("not prepared any further", verb=verb, move=request.move, error=str(error))
                 outgoing.prepared[verb] = {"error": to_wire(error)}, self._clock()
-                outgoing.ahead = None  # asked again, it tries again
                 return
             if answer.get("pending"):
                 return
@@ -256,12 +259,20 @@ class Handover:
         return {"sent_bytes": outgoing.sent_bytes}
 
     async def _send_all(self, unit: Unit, request: StepRequest, outgoing: Outgoing) -> None:
-        """What the destination does not hold yet. The pause lease runs anew with every acknowledged chunk."""
+        """What the destination does not hold yet. The pause lease runs anew with every acknowledged chunk.
+
+        Nothing is said of what it has verified a moment ago. Should it have lost that since, its count tells, or, when
+        there is nothing to say, it reads the log once it owns the unit.
+        """
 
         def acknowledged() -> None:
             self._extend_pause(unit, request)
 
-        lacking, outgoing.word = await self._announce(request, outgoing.rows or [])
+        news, vouched, lacking = outgoing.news(), outgoing.vouched, list[int]()
+        if not news and vouched is not None and self._clock() - vouched.at_s < WORD_S:
+            outgoing.word = vouched.incarnation
+        else:
+            lacking, outgoing.word = await self._announce(request, news, of=len(outgoing.rows or ()))
         payloads = [(index, outgoing.payload(index)) for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=acknowledged)
         outgoing.sent_bytes, outgoing.sent = sum(len(payload) for _, payload in payloads), True
@@ -288,7 +299,8 @@ class Handover:
         expected = len(outgoing.rows or ())
         held, heir = await self._verified(unit, request)
         if held != expected:
-            await self._send_all(unit, request, outgoing)  # the destination was restarted, say: it gets what it lacks
+            outgoing.vouched = None  # the destination was restarted, say: it gets what it lacks
+            await self._send_all(unit, request, outgoing)
             held, heir = await self._verified(unit, request)
             if held != expected:
                 raise Unavailable(f"{request.destination} holds {held} of {expected} actors after sending twice")
@@ -307,30 +319,34 @@ class Handover:
         return number(answer, "actors"), text(answer, "incarnation")
 
     async def _announce_ahead(self, request: StepRequest, rows: list[ManifestRow]) -> list[int]:
-        lacking, _ = await self._announce(request, rows, ahead=True)
+        lacking, _ = await self._announce(request, rows, of=len(rows), ahead=True)
         return lacking
 
-    async def _verify_precopied(self, request: StepRequest) -> None:
-        """Have the destination decode ahead what was copied ahead: that takes no less time than sending it."""
-        while (await self._ask_destination(request, "verify_ahead", request)).get("pending"):
+    async def _verify_precopied(self, request: StepRequest) -> str:
+        """Have the destination decode ahead what was copied ahead: that takes no less time than sending it.
+
+        Returns its incarnation.
+        """
+        while (answer := await self._ask_destination(request, "verify_ahead", request)).get("pending"):
             pass
+        return text(answer, "incarnation")
 
     async def _announce(
-        self, request: StepRequest, rows: list[ManifestRow], *, ahead: bool = False
+        self, request: StepRequest, rows: list[ManifestRow], *, of: int, ahead: bool = False
     ) -> tuple[list[int], str | None]:
         """Tell the destination what is coming, and unless it comes `ahead` of the pause, ask for its word as well.
 
-        Returns the indexes of the rows that it lacks, and, when it lacks none and has verified all of them already, its
-        incarnation.
+        Returns the indexes of the rows that it lacks, and, when it lacks none and has verified all the actors `of` this
+        move already, its incarnation.
         """
         lacking: list[int] = []
         word = None
         for page in manifest_pages(request, rows, verify=not ahead):
             answer = await self._ask_destination(request, "stage_ahead" if ahead else "stage", page)
             lacking += numbers(answer, "lacking")
-            if "incarnation" in answer and number(answer, "actors") == len(rows):
+            if "incarnation" in answer and number(answer, "actors") == of:
                 word = text(answer, "incarnation")
-        if any(index >= len(rows) for index in lacking):
+        if not {row.index for row in rows}.issuperset(lacking):
             raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
         return lacking, word if not lacking else None
 

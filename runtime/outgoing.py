@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from routing.address import ActorId
 from routing.control import ROWS_PER_PAGE, ManifestRow, MigrationRequest, StepRequest
@@ -105,6 +105,14 @@ def _encoded(captured: Captured, digest: str, max_state_bytes: int) -> bytes:
     ).encode()  # fmt: skip
 
 
+class Vouched(NamedTuple):
+    """What the destination has verified before the gate was closed: its incarnation, rows by index, and when."""
+
+    incarnation: str
+    rows: dict[int, ManifestRow]
+    at_s: float
+
+
 @dataclass(slots=True)
 class Outgoing:
     """One move of a unit, as far as this source has got with it.
@@ -114,6 +122,7 @@ class Outgoing:
 
     move: str
     precopied: dict[ActorId, Leaving] = field(default_factory=dict)
+    vouched: Vouched | None = None
     precopy: Errand | None = None
     precopy_over: bool = False  # done or failed, it is tried once
     closed_s: float | None = None  # when the gate was closed and no handler ran any more
@@ -126,9 +135,14 @@ class Outgoing:
     sent_bytes: int = 0
     held_bytes: int = 0  # of everything captured for this move, as states or as payloads
     acknowledging: Errand | None = None
-    word: str | None = None  # the same, as it came with the answer to the manifest: `await_ack` takes it from here
+    word: str | None = None  # the same, as it came before `await_ack`, which takes it from here
     heir: str | None = None  # the incarnation of the destination that has acknowledged everything
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a step that runs twice prepares once
+
+    def news(self) -> list[ManifestRow]:
+        """The rows that the destination has not verified as they are now."""
+        known = self.vouched.rows if self.vouched is not None else {}
+        return [row for row in self.rows or () if known.get(row.index) != row]
 
     def payload(self, index: int) -> bytes:
         assert self.leaving is not None

@@ -1,8 +1,8 @@
 """States travel before the gate is closed: while the unit is locked for its move, and its actors go on.
 
 A state is captured between two commands of its actor, at a version of its log, and staged at the destination. When the
-gate is closed, an actor that has not changed since costs one row of the manifest; of one that has, the destination
-replays the log from the version that it holds. So what is copied ahead is never wrong, only old.
+gate is closed, nothing more is said of an actor that has not changed since; of one that has, the destination replays
+the log from the version that it holds. So what is copied ahead is never wrong, only old.
 
 How fast it goes is bounded (FERRY_PRECOPY_BYTES_PER_S): nobody waits for it, and others need the same network.
 """
@@ -20,7 +20,7 @@ from routing.settings import Settings
 from runtime.chunks import ChunkSender
 from runtime.live_actor import CHECKED_BYTES, LiveActor
 from runtime.mailbox import Mailboxes
-from runtime.outgoing import Leaving, Outgoing
+from runtime.outgoing import Leaving, Outgoing, Vouched
 from runtime.throttle import TokenBucket
 from runtime.turn import Turn
 from runtime.unit import Unit, UnitState
@@ -34,7 +34,7 @@ class Precopy:
     def __init__(
         self, *, mailboxes: Mailboxes, sender: ChunkSender, settings: Settings, clock: Callable[[], float],
         announce: Callable[[StepRequest, list[ManifestRow]], Awaitable[list[int]]],
-        verify: Callable[[StepRequest], Awaitable[None]], check_room: Callable[[Outgoing, int], None],
+        verify: Callable[[StepRequest], Awaitable[str]], check_room: Callable[[Outgoing, int], None],
     ) -> None:  # fmt: skip
         self._mailboxes, self._sender, self._settings, self._clock = mailboxes, sender, settings, clock
         self._announce, self._verify, self._check_room = announce, verify, check_room
@@ -75,10 +75,12 @@ class Precopy:
         if not outgoing.precopied:
             return
         copied = list(outgoing.precopied.values())
-        lacking = await self._announce(request, [one.row(index) for index, one in enumerate(copied)])
+        rows = [one.row(index) for index, one in enumerate(copied)]
+        lacking = await self._announce(request, rows)
         payloads = [(index, copied[index].payload or b"") for index in lacking]
         await self._sender.send(request.destination, request.move, payloads, on_ack=goes_on, throttle=self._throttle)
-        await self._verify(request)
+        incarnation = await self._verify(request)
+        outgoing.vouched = Vouched(incarnation, {row.index: row for row in rows}, self._clock())
         goes_on()
 
     async def _prepared(self, live: LiveActor, outgoing: Outgoing) -> Leaving | None:

@@ -180,8 +180,8 @@ class _Demo:
     async def _meanwhile(self, context: StepContext, client: Cluster) -> None:
         directory, cluster = context.directory, self._cluster
         await self._reach(0.15)
-        # Node d refuses the first move that reaches it, once: that move rolls back, and a later plan moves the shard.
-        cluster.add_node("d", env={"FERRY_FAILPOINTS": "stage=error*1"})
+        # Node d refuses the first move that reaches it, ahead and once more: it rolls back, and a later plan moves it.
+        cluster.add_node("d", env={"FERRY_FAILPOINTS": "stage_ahead=error*1,stage=error*1"})
         self._happened("node d joins; it will refuse the first move that reaches it")
         began_s = time.monotonic()
         share = directory.shards_total // 4

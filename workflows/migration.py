@@ -123,7 +123,8 @@ async def send(context: StepContext, move: Move) -> Move:
     """Have the source send to the destination what that lacks.
 
     Before: serialized.
-    Does: source -> destination over NATS: a manifest, then chunks of what is not there yet, each acknowledged.
+    Does: source -> destination over NATS: a manifest of what was not verified there ahead, then chunks of what lacks,
+        each acknowledged.
     Safe to repeat because: chunks are idempotent under (move, actor, offset); what is there is not sent again.
     Raises: UnknownActorType or PayloadTooLarge as the destination says; Unavailable when it is away.
     Undo: the destination forgets when the map no longer names the move.

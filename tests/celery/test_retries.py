@@ -12,8 +12,9 @@ FAILS_TWICE = [
     ("pause", "pause=unavailable*2", ""),
     ("capture", "capture=unavailable*2", ""),
     ("serialize", "serialize=unavailable*2", ""),
-    ("send", "send=unavailable*1", "stage=unavailable*1"),
-    ("await_ack", "await_ack=unavailable*2", "verify=unavailable*1"),  # the source itself asks the destination again
+    ("send", "send=unavailable*1", "stage_ahead=error*1,stage=unavailable*1"),
+    # the source itself asks the destination again
+    ("await_ack", "await_ack=unavailable*2", "stage_ahead=error*1,verify=unavailable*1"),
     ("delete", "commit=unavailable*2", ""),
 ]
 

@@ -16,9 +16,9 @@ REFUSALS = {
     "capture": ("capture", "capture=error*1", ""),
     "serialize": ("serialize", "serialize=error*1", ""),
     "send": ("send", "send=error*1", ""),
-    "send-stage": ("send", "", "stage=error*1"),
+    "send-stage": ("send", "", "stage_ahead=error*1,stage=error*1"),
     "await_ack": ("await_ack", "await_ack=error*1", ""),
-    "await_ack-verify": ("await_ack", "", "verify=error*2"),
+    "await_ack-verify": ("await_ack", "", "stage_ahead=error*1,verify=error*2"),
     "delete": ("delete", "commit=error*1", ""),
 }
 

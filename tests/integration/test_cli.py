@@ -205,7 +205,7 @@ def test_a_node_is_drained_and_then_stops_cleanly(cluster: Cluster) -> None:
 def test_a_move_that_fails_exits_with_1_and_says_why(cluster: Cluster) -> None:
     """The destination refuses; the shard stays, and the record says so."""
     assert cluster.ferry("suspend").code == 0
-    cluster.processes.add_node("d", env={"FERRY_FAILPOINTS": "verify=error"})
+    cluster.processes.add_node("d", env={"FERRY_FAILPOINTS": "stage_ahead=error,verify=error"})
     assert until(lambda: "d" in cluster.shards())
     cluster.ferry("send", "aircraft/N4", "fly", "distance=1")
     home = cluster.ferry("where", "aircraft/N4", "--json").json

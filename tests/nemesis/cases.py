@@ -50,6 +50,15 @@ class Marker:
     party: Party
     name: str
 
+    @property
+    def armed(self) -> str:
+        """What the failpoint file of that process says.
+
+        A destination is told after the pause only what was not copied ahead: so it refuses that first.
+        """
+        refused = "stage_ahead=error*1," if self.name in ("stage", "verify") else ""
+        return f"{refused}{self.name}=stop*1"
+
 
 # Each kind of process marks some points, so that each is also found standing still in the middle of a step.
 MARKERS: Mapping[Point, Marker] = {

@@ -151,7 +151,7 @@ class Nemesis:
                 Party.WORKER: WORKERS,
             }[marker.party]  # fmt: skip
             for name in candidates:
-                self._fleet.arm(name, f"{marker.name}=stop*1")
+                self._fleet.arm(name, marker.armed)
             await self._ask_for_move(scene)
             await self._view.until(
                 partial(self._stopped_or_ended, candidates, scene), f"{marker.party} to reach {marker.name}",

@@ -21,6 +21,7 @@ from routing.errors import Unavailable
 from routing.subjects import kv_stream
 from tests.checker.check import violations
 from tests.checker.history import Evidence
+from tests.nemesis.cases import Marker, Party
 from tests.nemesis.fleet import SHARDS, Fleet
 from tests.nemesis.load import Load, actors_of
 from tests.nemesis.run import Nemesis, Tally
@@ -151,7 +152,7 @@ class _Rounds:
         async with LogWatch(self._view, actors) as log, Load(self._view.clients, actors, run="three") as load:
             await load.warm(within_s=START_S)
             try:
-                self._fleet.add_node("d", armed="stage=stop*1")
+                self._fleet.add_node("d", armed=Marker(Party.DESTINATION, "stage").armed)
                 await self._lose_a_member("node-d", kv_stream(subjects.map_bucket), self._d_has_its_share)
                 self._fleet.arm("node-d", "send=stop*1")  # now it is the source
                 self._fleet.process("node-d").ask_to_stop()

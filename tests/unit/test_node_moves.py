@@ -24,6 +24,7 @@ from routing.errors import (
 )
 from routing.shard_map import Outcome
 from runtime.actor import Actor, command, event, query
+from runtime.handover import WORD_S
 from runtime.testing import Fault
 from tests.unit.cluster import STEPS, UNIT, Ledger, answered, cluster
 from tests.unit.virtual_time import until, virtually
@@ -443,6 +444,7 @@ async def test_a_destination_that_is_away_leaves_the_source_as_it_was() -> None:
         request = await small.lock("m", "b")
         await small.steps(request, until_verb="serialize")
         small.nodes["b"].cut()
+        await asyncio.sleep(WORD_S)
 
         with pytest.raises((Unavailable, Timeout)):
             await small.step("send", request)

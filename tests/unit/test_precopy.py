@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import string
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from routing.address import ActorId
-from routing.errors import InvalidInput, NotApplicable, Timeout, Unavailable
+from routing.control import MigrationRequest
+from routing.errors import InvalidInput, NotApplicable, StateNotPortable, Timeout, Unavailable
+from runtime.handover import WORD_S
 from runtime.journal import Kind, Record
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
 from tests.unit.virtual_time import until, virtually
@@ -39,7 +42,7 @@ def counter(small: SmallCluster, node: str, name: str) -> int:
 
 @virtually
 async def test_a_state_that_has_not_changed_since_is_not_sent_after_the_pause() -> None:
-    """Everything has arrived before the gate is closed; after it, there is one row to announce."""
+    """Everything has arrived and been verified before the gate is closed; after it, there is nothing to say."""
     async with cluster("a", "b", **SMALL_CHUNKS) as small:
         await small.send("k", "write", entry=LARGE)
         request = await small.lock("m", "b")
@@ -50,8 +53,80 @@ async def test_a_state_that_has_not_changed_since_is_not_sent_after_the_pause() 
 
         assert ahead > 20
         assert chunks(small) == ahead
+        assert not small.messages_to("stage")
         assert await small.send("k", "read") == [LARGE]
         assert (counter(small, "b", "activations"), counter(small, "b", "replayed")) == (0, 0)
+
+
+@virtually
+async def test_only_what_has_changed_since_is_announced_after_the_pause() -> None:
+    """The destination replays that from the log, and the word of it is for all of them."""
+    async with cluster("a", "b") as small:
+        for name in ("i", "k", "l"):
+            await small.send(name, "write", entry="one")
+        request, announced = await small.lock("m", "b"), _announced_to(small, "b")
+        await small.step("precopy", request)
+        assert len(announced.pop().rows) == 3
+        await small.send("k", "write", entry="two")
+
+        await small.steps(request)
+
+        assert [[row.actor_id for row in page.rows] for page in announced] == [["ledger/k"]]
+        assert await small.send("k", "read") == ["one", "two"]
+        assert await small.send("l", "read") == ["one"]
+        assert counter(small, "b", "activations") == 0
+
+
+@virtually
+async def test_a_word_given_long_ago_is_asked_for_again() -> None:
+    """The destination may be gone by then; it is asked for its word, and told of nothing it has."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry="one")
+        request, announced = await small.lock("m", "b"), _announced_to(small, "b")
+        await small.step("pause", request)
+        ahead = chunks(small)
+        await asyncio.sleep(WORD_S)
+
+        await small.steps(request)
+
+        assert [(len(page.rows), page.verify) for page in announced] == [(1, False), (0, True)]
+        assert chunks(small) == ahead
+        assert await small.send("k", "read") == ["one"]
+        assert counter(small, "b", "activations") == 0
+
+
+@virtually
+async def test_a_destination_that_has_lost_what_it_vouched_for_gets_it_again() -> None:
+    """Its count tells, as soon as it is told of anything: then it is told of everything."""
+    async with cluster("a", "b") as small:
+        for name in ("i", "k", "l"):
+            await small.send(name, "write", entry="one")
+        request = await small.lock("m", "b")
+        await small.step("precopy", request)
+        ahead = chunks(small)
+        await small.send("k", "write", entry="two")
+        small.nodes["b"].node._arrivals.forget_unless(UNIT, None)
+
+        await small.steps(request)
+
+        assert chunks(small) > ahead
+        assert await small.send("k", "read") == ["one", "two"]
+        assert await small.send("l", "read") == ["one"]
+        assert counter(small, "b", "activations") == 0
+
+
+def _announced_to(small: SmallCluster, node: str) -> list[MigrationRequest]:
+    """The pages of manifests that a node takes in from now on."""
+    announced: list[MigrationRequest] = []
+    arrivals = small.nodes[node].node._arrivals
+    announce = arrivals.announce
+
+    def noting(page: MigrationRequest) -> list[int]:
+        announced.append(page)
+        return announce(page)
+
+    arrivals.announce = noting  # type: ignore[method-assign]
+    return announced
 
 
 @virtually
@@ -454,6 +529,7 @@ async def test_what_cannot_be_prepared_is_told_by_its_own_verb() -> None:
         request = await small.lock("m", "b")
         await small.step("pause", request)
         small.nodes["b"].cut()
+        await asyncio.sleep(WORD_S)
 
         prepared = await small.ask("prepare", request)
 
@@ -462,3 +538,32 @@ async def test_what_cannot_be_prepared_is_told_by_its_own_verb() -> None:
         }  # fmt: skip
         with pytest.raises((Timeout, Unavailable)):
             await small.ask("send", request)
+
+
+@virtually
+async def test_a_refusal_that_the_answer_to_the_pause_came_too_early_for_is_told_when_asked() -> None:
+    """It is not tried again before somebody has heard of it; then it is."""
+    async with cluster("a", "b", latency=lambda: 0.05, precopy_from_bytes=10**9) as small:
+        await small.send("k", "write", entry="one")
+        request = replace(await small.lock("m", "b"), ahead=True)
+        verbs, refused = small.nodes["b"].node._verbs, 0
+        schema, stage = verbs["stage"]
+
+        async def refuse_once(page: Any) -> dict[str, Any]:
+            nonlocal refused
+            refused += 1
+            if refused > 1:
+                return await stage(page)
+            raise StateNotPortable("not this one")
+
+        verbs["stage"] = (schema, refuse_once)
+        paused = await small.step("pause", request)
+        assert list(paused["prepared"]) == ["capture", "serialize"]
+        await asyncio.sleep(0.5)
+
+        told = await small.ask("prepare", request)
+        again = await small.ask("prepare", request)
+
+        assert "not this one" in str(told["send"]["error"])
+        assert list(again) == ["capture", "serialize", "send", "await_ack"]
+        assert all("ok" in answer for answer in again.values())
