@@ -19,7 +19,7 @@ SURROUNDING_BYTES = 4_096  # no command has more around its arguments, names esc
 MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one for each message and never changed: frozen, it takes thrice as long to make
 class Command:
     """One command or query for one actor; the node's actor class knows which it is.
 
@@ -46,7 +46,7 @@ class Command:
         return replace(self, hops=self.hops + 1, epoch=max(self.epoch, epoch))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # as a command
 class Answer:
     """What became of a command: a value or an error, and who answered at which epoch."""
 

@@ -50,6 +50,8 @@ MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it 
 MAX_PENDING_BYTES = 2**30
 MANY = 8  # messages in a frame from which on a turn of the event loop is worth its cost
 NO_RESPONDERS = "503"
+# What a client raises where it sends: nats-py's own, and what uvloop says of a transport that has just been closed.
+CLIENT_ERRORS = (nats_errors.Error, RuntimeError, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -295,7 +297,7 @@ class NatsConnection:
         try:
             await self._register_on(client, registration)
             await self._barrier(client, BARRIER_TIMEOUT_S)
-        except nats_errors.Error as error:
+        except CLIENT_ERRORS as error:
             await self.unsubscribe(registration)
             raise _translated(error, subject, self.url) from error
         except BaseException:
@@ -350,7 +352,7 @@ class NatsConnection:
         self._check_size(subject, len(payload) + _header_bytes(headers))  # nats-py counts no headers
         try:
             await client.publish(subject, payload, reply, headers)
-        except nats_errors.Error as error:
+        except CLIENT_ERRORS as error:
             raise _translated(error, subject, self.url) from error
 
     def _check_size(self, subject: str, size: int) -> None:
@@ -388,7 +390,7 @@ class NatsConnection:
             async with asyncio.timeout(timeout_s):
                 await client.publish(self._answers.reply_to(token), b"")
                 await future
-        except (TimeoutError, Timeout, nats_errors.Error) as error:
+        except (Timeout, *CLIENT_ERRORS) as error:
             raise Unavailable(f"the NATS server at {self.url} took nothing for {timeout_s:g} s: try again") from error
         finally:
             self._barriers.discard(future)
@@ -416,7 +418,7 @@ class NatsConnection:
                 if self._client is None:
                     raise nats_errors.ConnectionClosedError
                 await self._client.publish(to, parcel.payload, reply)
-            except (nats_errors.Error, UnicodeEncodeError) as error:  # one that cannot go must not keep the others
+            except (UnicodeEncodeError, *CLIENT_ERRORS) as error:  # one that cannot go must not keep the others
                 for token in asking:
                     self._answers.fail(token, _translated(error, subject, self.url))
                 log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
@@ -476,6 +478,8 @@ def _translated(error: Exception, subject: str, url: str) -> FerryError:
         return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
     if isinstance(error, (nats_errors.BadSubjectError, UnicodeEncodeError)):
         return InvalidInput(f"{subject!r} is no NATS subject: remove blanks and empty tokens")
+    if not isinstance(error, nats_errors.Error):
+        return Timeout(f"connection to NATS at {url} broke ({error}): it may have arrived or not, try again")
     return Unavailable(f"not connected to NATS at {url} ({error}): try again")
 
 

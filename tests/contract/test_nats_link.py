@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import nats
 import psutil
 import pytest
+import uvloop
 from nats.aio.client import Client
 
 from routing.errors import Incompatible, InDoubt, InvalidInput, PayloadTooLarge, Timeout, Unavailable
@@ -279,6 +280,32 @@ async def test_closing_leaves_an_append_in_doubt(nats_server: NatsServer) -> Non
 
     with pytest.raises(InDoubt):
         await append
+
+
+async def test_a_transport_that_closed_unnoticed_leaves_an_append_in_doubt(nats_server: NatsServer) -> None:
+    """Property: what uvloop says of a connection that has just broken ends no process: the outcome is not known."""
+
+    async def send_over_a_closed_transport() -> None:
+        link = await NatsLink.connect(nats_server.url, name="alice")
+        try:
+            client = link._connection._client
+            assert client is not None
+            client._flusher_task.cancel()  # as after its first failed write, when the reader has yet to hear of it
+            await asyncio.sleep(0)
+            client._transport._io_writer.transport.abort()
+            with pytest.raises(InDoubt, match=r"ev\.a"):
+                await link.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+            with pytest.raises(Timeout, match="broke"):
+                await link.publish("ev.a", b"1")
+            with pytest.raises(Timeout, match="broke"):
+                await link.request("ev.a", b"1", timeout_s=WAIT_S)
+            async with asyncio.timeout(WAIT_S):
+                while link.reconnects == 0:  # noqa: ASYNC110 - no link tells when it is back
+                    await asyncio.sleep(0)
+        finally:
+            await link.close()
+
+    await asyncio.to_thread(uvloop.run, send_over_a_closed_transport())
 
 
 async def consumers_of(admin: Client, stream: str) -> list[dict[str, Any]]:
