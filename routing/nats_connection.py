@@ -96,7 +96,7 @@ class NatsConnection:
         """Connect once. Raises Unavailable when no server answers in time, Incompatible for a server we cannot use."""
         try:
             await self._attach()
-        except (nats_errors.NoServersError, OSError) as error:
+        except (nats_errors.NoServersError, RuntimeError, OSError) as error:
             raise Unavailable(
                 f"no NATS server answers at {self.url} ({self._last_error or 'no answer'}):"
                 " start one (`ferry up`, or nats-server -js), or correct FERRY_NATS_URL"
@@ -313,8 +313,8 @@ class NatsConnection:
             return
         try:
             await current.unsubscribe()
-        except (nats_errors.ConnectionClosedError, nats_errors.BadSubscriptionError):
-            return  # it went away with its client
+        except CLIENT_ERRORS:
+            return  # it goes away with its client
 
     async def round_trip_s(self, timeout_s: float = BARRIER_TIMEOUT_S) -> float:
         """Seconds for a message to the server and back, after everything sent before it."""

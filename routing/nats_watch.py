@@ -66,10 +66,10 @@ class Watch:
     async def _follow(self) -> None:
         while True:
             await self._round.until_broken()
-            await self._round.end()
-            self.restarts += 1
-            self._round = self._new_round()
             try:
+                await self._round.end()
+                self.restarts += 1
+                self._round = self._new_round()
                 await self._round.begin(RESTART_TIMEOUT_S)
             except Exception as error:  # a follower that ended here would leave its handler stale and silent
                 log.warning("watch not back yet", subject=self._subject, error=f"{type(error).__name__}: {error}")

@@ -288,11 +288,9 @@ async def test_a_transport_that_closed_unnoticed_leaves_an_append_in_doubt(nats_
     async def send_over_a_closed_transport() -> None:
         link = await NatsLink.connect(nats_server.url, name="alice")
         try:
-            client = link._connection._client
-            assert client is not None
-            client._flusher_task.cancel()  # as after its first failed write, when the reader has yet to hear of it
-            await asyncio.sleep(0)
-            client._transport._io_writer.transport.abort()
+            subscription = await link.subscribe("ev.b", lambda _: None)
+            await close_unnoticed(link)
+            await subscription.stop()
             with pytest.raises(InDoubt, match=r"ev\.a"):
                 await link.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
             with pytest.raises(Timeout, match="broke"):
@@ -306,6 +304,43 @@ async def test_a_transport_that_closed_unnoticed_leaves_an_append_in_doubt(nats_
             await link.close()
 
     await asyncio.to_thread(uvloop.run, send_over_a_closed_transport())
+
+
+async def test_a_watch_that_begins_again_on_a_transport_that_closed_unnoticed_lives_on(nats_server: NatsServer) -> None:
+    """Property: a watch that cannot even end its old consumer hears of what is stored after the reconnect."""
+
+    async def watch_over_a_closed_transport() -> list[bytes]:
+        link = await NatsLink.connect(nats_server.url, name="alice")
+        try:
+            await link.ensure_stream(StreamSpec(name="ev", subjects=("ev.>",)), timeout_s=WAIT_S)
+            heard: asyncio.Queue[Entry] = asyncio.Queue()
+            watch = await link.watch("ev", "ev.a", heard.put_nowait, timeout_s=WAIT_S)
+            end = watch._watch._round.end
+
+            async def end_late() -> None:
+                await close_unnoticed(link)
+                await end()
+
+            watch._watch._round.end = end_late  # type: ignore[method-assign]
+            watch._watch._round.broken.set()
+            async with asyncio.timeout(WAIT_S):
+                while link.reconnects == 0:  # noqa: ASYNC110 - no link tells when it is back
+                    await asyncio.sleep(0)
+                await link.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+                return [(await heard.get()).payload]
+        finally:
+            await link.close()
+
+    assert await asyncio.to_thread(uvloop.run, watch_over_a_closed_transport()) == [b"1"]
+
+
+async def close_unnoticed(link: NatsLink) -> None:
+    """Close a link's connection as a failed write does, when its reader has yet to hear of it. On uvloop only."""
+    client = link._connection._client
+    assert client is not None
+    client._flusher_task.cancel()
+    await asyncio.sleep(0)
+    client._transport._io_writer.transport.abort()
 
 
 async def consumers_of(admin: Client, stream: str) -> list[dict[str, Any]]:
