@@ -114,7 +114,7 @@ class Cluster:
         self._open()
         assert self._directory is not None
         target = ActorId.of(actor)
-        await self._directory.refresh(self._directory.unit_of(target))
+        await self._directory.locate(target)
         return self._directory.get_actor_node(target)
 
     def _open(self) -> Router:

@@ -16,7 +16,7 @@ from routing.documents import decode_ownership, encode_ownership
 from routing.errors import InDoubt, InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.link import Entry, Link, Subscription
 from routing.shard_map import Ownership
-from routing.subjects import Subjects, kv_stream, kv_subject, shard_key, shard_of_key
+from routing.subjects import Subjects, actor_key, actor_of_key, kv_stream, kv_subject, shard_key, shard_of_key
 
 log = structlog.get_logger("ferry.directory")
 
@@ -32,9 +32,10 @@ class MapEntry:
 
 
 class Directory:
-    """Where every unit of ownership (today: every shard) lives.
+    """Where every unit of ownership lives: every shard, and every actor that was moved by hand.
 
     Invariant: an entry is only ever replaced by one of a higher revision, so a view never goes back in time.
+    An actor's own key counts exactly while the key of its shard names it apart.
     Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
     """
 
@@ -50,13 +51,15 @@ class Directory:
         self._prefix = len(kv_subject(self._bucket, ""))
         self._timeout_s = timeout_s
         self._entries: dict[str, MapEntry] = {}
+        self._actor_keys: set[str] = set()  # those of the entries that are about an actor
+        self._apart: dict[ActorId, str] = {}  # actor -> its unit, of those whose own key counts
         self._observers: list[Callable[[str, MapEntry], None]] = []
         self._watch: Subscription | None = None
         self._awaited: dict[str, asyncio.Event] = {}
 
     async def start(self) -> None:
         """Follow the map. Returns once the local copy is complete. Raises Timeout, Unavailable."""
-        subject = kv_subject(self._bucket, "shard.*")
+        subject = kv_subject(self._bucket, ">")
         self._watch = await self._link.watch(self._stream, subject, self._on_entry, timeout_s=self._timeout_s)
 
     async def stop(self) -> None:
@@ -70,33 +73,79 @@ class Directory:
     # -- reading ---------------------------------------------------------------------------------------------------
     def unit_of(self, actor: ActorId) -> str:
         """The unit of ownership an actor belongs to."""
+        if self._apart and (unit := self._apart.get(actor)) is not None:
+            return unit
+        return self.shard_unit_of(actor)
+
+    def shard_unit_of(self, actor: ActorId) -> str:
+        """The shard of an actor as a unit, whether the actor has a key of its own or not."""
         return shard_key(shard_of(actor, self.shards_total))
+
+    def counts(self, unit: str) -> bool:
+        """Whether a key says who owns a unit: a shard's always does, an actor's while its shard names it apart."""
+        actor = actor_of_key(unit)
+        return actor is None or actor in self._apart
 
     def get(self, unit: str) -> MapEntry | None:
         return self._entries.get(unit)
 
     def entries(self) -> dict[str, MapEntry]:
-        return dict(self._entries)
+        """Every unit of which is known who owns it."""
+        return self.shards() | self.apart()
+
+    def shards(self) -> dict[str, MapEntry]:
+        if not self._actor_keys:
+            return dict(self._entries)
+        return {unit: entry for unit, entry in self._entries.items() if unit not in self._actor_keys}
+
+    def actors_apart(self) -> list[ActorId]:
+        """The actors whose own keys count, or wait for their shards' owners to take them back."""
+        return list(self._apart)
+
+    def apart(self) -> dict[str, MapEntry]:
+        """The actors whose own keys count, without those that wait for their shard's owner to take them back."""
+        found = ((unit, self._entries.get(unit)) for unit in self._apart.values())
+        return {unit: entry for unit, entry in found if entry is not None and not entry.ownership.retired}
 
     def get_actor_node(self, actor: ActorId) -> NodeId | None:
         """The node that owns the actor as far as known here; None before the cluster's first assignment."""
-        entry = self._entries.get(self.unit_of(actor))
-        return entry.ownership.owner if entry else None
+        return self.owner_of(self.unit_of(actor))[0]
+
+    def owner_of(self, unit: str) -> tuple[NodeId | None, int]:
+        """(owner, epoch) as far as known here. An actor that waits to be taken back by its shard has no owner."""
+        entry = self._entries.get(unit)
+        if entry is None:
+            return None, 0
+        return None if entry.ownership.retired else entry.ownership.owner, entry.ownership.epoch
 
     async def refresh(self, unit: str) -> MapEntry | None:
-        """Read a unit's key from the leader. Raises Timeout, Unavailable."""
+        """Read a unit's key from the leader, and after an actor's own key that of its shard. Raises Timeout,
+        Unavailable.
+        """
+        await self._read(unit)
+        if (actor := actor_of_key(unit)) is not None:
+            await self._read(self.shard_unit_of(actor))
+        return self._entries.get(unit)
+
+    async def locate(self, actor: ActorId) -> tuple[str, MapEntry | None]:
+        """(unit, entry) of an actor, read from the leader. Raises Timeout, Unavailable."""
+        await self._read(self.shard_unit_of(actor))
+        unit = self.unit_of(actor)
+        if unit != self.shard_unit_of(actor):
+            await self._read(unit)
+        return unit, self._entries.get(unit)
+
+    async def _read(self, unit: str) -> None:
         stored = await self._link.last(self._stream, kv_subject(self._bucket, unit), timeout_s=self._timeout_s)
         if stored is not None:
             self._on_entry(stored)
-        return self._entries.get(unit)
 
     async def news(self, unit: str, *, beyond: int, timeout_s: float) -> None:
         """Return once a unit's epoch here is beyond `beyond`: as the watch tells, or read after `timeout_s`.
 
         Raises NotApplicable for what is no unit; Timeout, Unavailable when it has to be read and cannot be.
         """
-        shard = shard_of_key(unit)
-        if shard is None or shard >= self.shards_total:
+        if not self._is_unit(unit):
             raise NotApplicable(f"{unit} is no unit of this cluster")
         try:
             async with asyncio.timeout(timeout_s):
@@ -145,11 +194,11 @@ class Directory:
     # -- following -------------------------------------------------------------------------------------------------
     def _on_entry(self, stored: Entry) -> None:
         unit = stored.subject[self._prefix :]
-        shard = shard_of_key(unit)
-        if stored.removed or shard is None or shard >= self.shards_total:
+        if stored.removed or not self._is_unit(unit):
             return
         try:
             ownership = decode_ownership(stored.payload)
+            self._check_unit(unit, ownership)
         except InvalidInput as error:
             self.counters["malformed"] += 1
             log.error("map value ignored", unit=unit, error=str(error))
@@ -161,7 +210,42 @@ class Directory:
         if known is not None and known.revision >= entry.revision:
             return
         self._entries[unit] = entry
+        if actor_of_key(unit) is not None:
+            self._actor_keys.add(unit)
+        changed = self._set_apart(known.ownership.apart if known is not None else (), entry.ownership.apart)
+        self._notify(unit, entry)
+        for own in changed:  # whether these keys count has changed, and so what their values mean
+            if (found := self._entries.get(own)) is not None:
+                self._notify(own, found)
+
+    def _set_apart(self, before: tuple[str, ...], after: tuple[str, ...]) -> list[str]:
+        """Remember which actors' own keys count by a shard's latest value; returns those for which that has changed."""
+        if before == after:
+            return []
+        changed = []
+        for text in sorted({*before} ^ {*after}):
+            actor = ActorId.parse(text)
+            changed.append(actor_key(actor))
+            if text in after:
+                self._apart[actor] = changed[-1]
+            else:
+                del self._apart[actor]
+        return changed
+
+    def _notify(self, unit: str, entry: MapEntry) -> None:
         if (awaited := self._awaited.pop(unit, None)) is not None:
             awaited.set()
         for observer in self._observers:
             observer(unit, entry)
+
+    def _check_unit(self, unit: str, ownership: Ownership) -> None:
+        """Raises InvalidInput for a value that this unit cannot have."""
+        is_shard = shard_of_key(unit) is not None
+        if ownership.retired if is_shard else ownership.apart:
+            raise InvalidInput("a shard has an owner, and only a shard has actors apart")
+        if any(self.shard_unit_of(ActorId.parse(actor)) != unit for actor in ownership.apart):
+            raise InvalidInput("the actors apart are not all of this shard")
+
+    def _is_unit(self, key: str) -> bool:
+        shard = shard_of_key(key)
+        return shard < self.shards_total if shard is not None else actor_of_key(key) is not None

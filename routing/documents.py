@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 
 from routing import jsonlike
-from routing.address import check_node_id
+from routing.address import ActorId, check_node_id
 from routing.errors import InvalidInput
-from routing.shard_map import LastMove, Outcome, Ownership
+from routing.shard_map import APART_MOST, ITS_SHARD, LastMove, Outcome, Ownership
 
 
 def encode_ownership(ownership: Ownership) -> bytes:
@@ -23,6 +23,8 @@ def encode_ownership(ownership: Ownership) -> bytes:
             "move": ownership.move,
             "destination": ownership.destination,
             "last": None if last is None else {"move": last.move, "outcome": last.outcome, "epoch": last.epoch},
+            **({"apart": ownership.apart} if ownership.apart else {}),
+            **({"pinned": True} if ownership.pinned else {}),
         }
     )
 
@@ -34,14 +36,21 @@ def decode_ownership(payload: bytes) -> Ownership:
         epoch, last, move, destination = (document[name] for name in ("epoch", "last", "move", "destination"))
         if (move is None) != (destination is None) or (destination is not None and destination == document["owner"]):
             raise InvalidInput("a lock names a move, and a destination that is not the owner")
+        owner, apart = _text(document["owner"]), document.get("apart", [])
+        if owner == ITS_SHARD and (move is not None or document["incarnation"] is not None):
+            raise InvalidInput("what its shard owns has neither a lock nor an incarnation")
+        if not isinstance(apart, list) or len(apart) > APART_MOST:
+            raise InvalidInput(f"{jsonlike.shown(apart)} are not at most {APART_MOST} actors")
         ownership = Ownership(
-            owner=check_node_id(_text(document["owner"])),
+            owner=owner if owner == ITS_SHARD else check_node_id(owner),
             incarnation=None if document["incarnation"] is None else _text(document["incarnation"]),
             epoch=_epoch(epoch, least=1),
             fence=_epoch(document["fence"], most=epoch),
             move=None if move is None else _text(move),
             destination=None if destination is None else check_node_id(_text(destination)),
             last=None if last is None else _last(last, epoch),
+            apart=tuple(str(ActorId.parse(_text(actor))) for actor in apart),
+            pinned=_flag(document.get("pinned", False)),
         )
     except (ValueError, KeyError, TypeError, InvalidInput) as error:
         raise InvalidInput(f"map value {payload[:80]!r} is malformed: {jsonlike.shown(error, 200)}") from error
@@ -56,6 +65,12 @@ def _last(document: dict[str, Any], epoch: int) -> LastMove:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InvalidInput(f"{jsonlike.shown(value)} is not a name")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{jsonlike.shown(value)} is neither true nor false")
     return value
 
 

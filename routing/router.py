@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import structlog
 
 from routing.address import ActorId, NodeId
-from routing.directory import Directory
+from routing.directory import Directory, MapEntry
 from routing.envelope import Answer, Command, decode_answer, encode_answer, encode_command, new_command
 from routing.errors import (
     Busy,
@@ -69,7 +69,7 @@ class Router:
         self._clock: Callable[[], float] | None = None  # the loop's; to ask for the loop each time is a system call
         self._answered_now = 0  # in this turn of the event loop, without a wait
         self._learned: dict[str, tuple[int, NodeId]] = {}  # unit -> (epoch, owner) from answers, until the map is there
-        directory.on_change(lambda unit, entry: self._forget(unit, entry.ownership.epoch))
+        directory.on_change(self._forget)
 
     async def send_message(
         self, actor: ActorId, name: str, arguments: dict[str, Any] | None = None, *, message_id: str | None = None,
@@ -184,8 +184,7 @@ class Router:
         self._answered_now = 0
 
     def _route(self, unit: str) -> tuple[NodeId | None, int]:
-        entry = self._directory.get(unit)
-        epoch, owner = (entry.ownership.epoch, entry.ownership.owner) if entry is not None else (0, None)
+        owner, epoch = self._directory.owner_of(unit)
         learned = self._learned.get(unit)
         if learned is not None and learned[0] > epoch:
             epoch, owner = learned
@@ -195,8 +194,11 @@ class Router:
         if epoch > self._route(unit)[1]:
             self._learned[unit] = (epoch, owner)
 
-    def _forget(self, unit: str, epoch: int) -> None:
-        if unit in self._learned and self._learned[unit][0] <= epoch:
+    def _forget(self, unit: str, entry: MapEntry) -> None:
+        """The map knows better. It does so whatever the epoch when actors of a shard live elsewhere: what one of them
+        answered may have been taken for its shard's word.
+        """
+        if unit in self._learned and (self._learned[unit][0] <= entry.ownership.epoch or entry.ownership.apart):
             del self._learned[unit]
 
     async def _refresh(self, unit: str, attempts: _Attempts) -> None:

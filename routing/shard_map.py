@@ -8,6 +8,14 @@
     BIND       (B, -, e)              ->  (B, iB, e)                the new owner, when nobody has named iB yet
     FAILOVER   (o, *, e, *)           ->  (n, -, e+1), * aborted    the coordinator, after the owner's lease ran out
 
+An actor that is moved by hand becomes a unit of its own, with a key of its own, until it is unpinned and at home again:
+
+    TAKE OUT   its own key            ->  (A, iA, f), f > e         the coordinator; nobody reads it before the next
+    SET APART  shard (A, iA, e, -)    ->  the same, x apart         the coordinator: from here on its own key counts
+    UNPIN      x (A, iA, k, *)        ->  the same, not pinned      the coordinator; PIN undoes it
+    RETIRE     x (A, iA, k, -)        ->  (its shard, -, k+1)       A, when it owns the shard as well; serves x no more
+    TAKE BACK  shard (A, iA, e, -)    ->  (A, iA, f), f > e, k+1    A: from here on the shard's key counts again
+
 Each function returns the value to be written by one compare-and-set on the key's revision, or raises
 NotApplicable. COMMIT and ABORT of one move start from the same revision, so exactly one of them can happen.
 
@@ -18,14 +26,20 @@ Invariants (checked by tests/unit/test_shard_map.py and by `check`):
   4. A lock is taken only from a bound owner, so that there is a source to pause.
   5. `fence` is the epoch of the latest BOOT or FAILOVER: an owner that did not stop by itself may still be
      appending below it. It survives clean moves, because an actor nobody touched since is still unclaimed.
+  6. The epochs at which one actor is owned never fall, whether by its shard's key or by its own: each of the two
+     changes begins above both keys, and is a fence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from routing.errors import InvariantViolated, NotApplicable
+
+ITS_SHARD = "_shard"  # owner of an actor that no longer has a key of its own; no node id begins with _
+APART_MOST = 256  # actors of one shard: its key stays below NATS' default payload limit
 
 
 class Outcome(StrEnum):
@@ -53,6 +67,13 @@ class Ownership:
     destination: str | None = None
     last: LastMove | None = None
     fence: int = 0
+    apart: tuple[str, ...] = ()  # of a shard: its actors that have a key of their own, in order
+    pinned: bool = False  # of an actor with a key of its own: it stays where it is, wherever its shard goes
+
+    @property
+    def retired(self) -> bool:
+        """Whether this key of an actor no longer counts, or is about to."""
+        return self.owner == ITS_SHARD
 
     def outcome_of(self, move: str) -> Outcome | None:
         """How `move` ended as far as this value tells: None while it is locked or when it is not named."""
@@ -87,7 +108,7 @@ def commit(current: Ownership, *, move: str, incarnation: str, heir: str | None 
         raise NotApplicable(f"incarnation {incarnation} no longer owns it: only the source may commit")
     epoch = current.epoch + 1
     last = LastMove(move=move, outcome=Outcome.COMMITTED, epoch=epoch)
-    return Ownership(owner=current.destination, incarnation=heir, epoch=epoch, last=last, fence=current.fence)
+    return _unlocked(current, owner=current.destination, incarnation=heir, epoch=epoch, last=last)
 
 
 def abort(current: Ownership, *, move: str) -> Ownership:
@@ -96,7 +117,7 @@ def abort(current: Ownership, *, move: str) -> Ownership:
         raise NotApplicable(f"move {move} holds no lock here: {_ending(current, move)}")
     epoch = current.epoch + 1
     last = LastMove(move=move, outcome=Outcome.ABORTED, epoch=epoch)
-    return replace(current, epoch=epoch, move=None, destination=None, last=last)
+    return _unlocked(current, epoch=epoch, last=last)
 
 
 def boot(current: Ownership, *, node: str, incarnation: str) -> Ownership:
@@ -104,7 +125,7 @@ def boot(current: Ownership, *, node: str, incarnation: str) -> Ownership:
     if current.owner != node or current.incarnation in (None, incarnation):
         raise NotApplicable(f"not left behind by an earlier incarnation of {node}")
     epoch = current.epoch + 1
-    return Ownership(owner=node, incarnation=incarnation, epoch=epoch, last=_aborting(current), fence=epoch)
+    return _unlocked(current, incarnation=incarnation, epoch=epoch, last=_aborting(current), fence=epoch)
 
 
 def bind(current: Ownership, *, node: str, incarnation: str) -> Ownership:
@@ -118,16 +139,81 @@ def failover(current: Ownership, *, to: str) -> Ownership:
     """FAILOVER: give a dead owner's unit to another node."""
     if to == current.owner:
         raise NotApplicable(f"{to} owns it already")
+    if current.retired:
+        raise NotApplicable("its shard's owner takes it back")
     epoch = current.epoch + 1
-    return Ownership(owner=to, incarnation=None, epoch=epoch, last=_aborting(current), fence=epoch)
+    return _unlocked(current, owner=to, incarnation=None, epoch=epoch, last=_aborting(current), fence=epoch)
+
+
+def take_out(shard: Ownership, actor: str, known: Ownership | None) -> Ownership:
+    """TAKE OUT: what an actor's own key is to say before its shard, whose value is `shard`, names it apart.
+
+    `known` is what the key says now, read before the shard's was.
+    """
+    if actor in shard.apart:
+        raise NotApplicable(f"{actor} has a key of its own already")
+    if shard.move is not None:
+        raise NotApplicable(f"its shard is locked by move {shard.move}: wait for it, or cancel its plan")
+    if shard.incarnation is None:
+        raise NotApplicable(f"its owner {shard.owner} has not taken it over yet: try again in a moment")
+    if len(shard.apart) >= APART_MOST:
+        raise NotApplicable(f"{APART_MOST} actors of its shard are pinned already: unpin one, or move the whole shard")
+    epoch = max(shard.epoch, known.epoch if known is not None else 0) + 1
+    return Ownership(
+        owner=shard.owner, incarnation=shard.incarnation, epoch=epoch, fence=epoch, pinned=True,
+        last=known.last if known is not None else None,
+    )  # fmt: skip
+
+
+def set_apart(shard: Ownership, actor: str) -> Ownership:
+    """SET APART: from here on the actor's own key says who owns it. Same revision of the shard as for `take_out`."""
+    return replace(shard, apart=tuple(sorted((*shard.apart, actor))))
+
+
+def pin(current: Ownership, *, pinned: bool) -> Ownership:
+    """PIN, UNPIN: whether an actor with a key of its own stays where it is."""
+    if current.retired or current.pinned is pinned:
+        raise NotApplicable(f"it is {'pinned' if pinned else 'unpinned'} already")
+    return replace(current, pinned=pinned)
+
+
+def may_retire(current: Ownership, shard: Ownership) -> bool:
+    """Whether an actor with a key of its own needs none any more: it is unpinned, at home, and neither moves."""
+    home = (shard.owner, shard.incarnation) == (current.owner, current.incarnation)
+    return home and not current.pinned and not current.retired and current.move is None and shard.move is None
+
+
+def retire(current: Ownership, *, incarnation: str) -> Ownership:
+    """RETIRE: the owner of an actor gives it back to its shard, and serves it no more. Only the bound owner may."""
+    if current.pinned or current.move is not None or current.incarnation != incarnation:
+        raise NotApplicable(f"pinned, moving, or not owned by {incarnation}")
+    return _unlocked(current, owner=ITS_SHARD, incarnation=None, epoch=current.epoch + 1, last=current.last)
+
+
+def take_back(shard: Ownership, actor: str, own: Ownership, *, incarnation: str) -> Ownership:
+    """TAKE BACK: the shard owns an actor again whose own key, `own`, is retired. Only the shard's bound owner may."""
+    if not own.retired or actor not in shard.apart:
+        raise NotApplicable(f"{actor} is not waiting to be taken back")
+    if shard.move is not None or shard.incarnation != incarnation:
+        raise NotApplicable(f"its shard is moving, or not owned by {incarnation}")
+    epoch = max(shard.epoch, own.epoch) + 1
+    return replace(shard, epoch=epoch, fence=epoch, apart=tuple(one for one in shard.apart if one != actor))
 
 
 def check(before: Ownership | None, after: Ownership) -> None:
     """Raise InvariantViolated when `after` may not follow `before`, whoever wrote it."""
     if (after.move is None) != (after.destination is None) or after.destination == after.owner:
         raise InvariantViolated(f"lock names {after.move!r} -> {after.destination!r}, owner {after.owner}")
-    if before is None:
+    if before is None or after == before:
         return
+    if before.retired or set(after.apart) < set(before.apart):
+        if after.epoch <= before.epoch or after.fence != after.epoch:
+            raise InvariantViolated(
+                f"an actor changed keys in epoch {after.epoch} after {before.epoch} without a fence"
+            )
+        return
+    if not set(before.apart) <= set(after.apart):
+        raise InvariantViolated(f"{before.apart} are apart, then {after.apart}")
     if after.epoch < before.epoch or after.epoch > before.epoch + 1:
         raise InvariantViolated(f"epoch went from {before.epoch} to {after.epoch}")
     if after.owner != before.owner and after.epoch != before.epoch + 1:
@@ -136,6 +222,11 @@ def check(before: Ownership | None, after: Ownership) -> None:
         raise InvariantViolated(f"outcome changed within epoch {after.epoch}")
     if not before.fence <= after.fence <= after.epoch:
         raise InvariantViolated(f"fence went from {before.fence} to {after.fence} in epoch {after.epoch}")
+
+
+def _unlocked(current: Ownership, **changes: Any) -> Ownership:
+    """The value with a new epoch, and no lock."""
+    return replace(current, move=None, destination=None, **changes)
 
 
 def _aborting(current: Ownership) -> LastMove | None:

@@ -5,6 +5,7 @@
     ferry.<cluster>.xfer.<node>.<move>             chunks of state on their way to a node
     ferry.<cluster>.ev.<log>.<shard>.<actor>       the journal: one subject per actor, the truth
     $KV.ferry-<cluster>-map.shard.<n>              who owns a shard
+    $KV.ferry-<cluster>-map.actor.<actor>          who owns an actor that was moved by hand, once its shard says so
     $KV.ferry-<cluster>-map.cluster                what the cluster was born with
     $KV.ferry-<cluster>-leases.node.<id>           a live node
     $KV.ferry-<cluster>-leases.leader              the leading coordinator
@@ -22,6 +23,7 @@ from routing.address import ActorId
 from routing.errors import InvalidInput
 
 _CLUSTER = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_ACTOR = "actor."
 _SHARD = re.compile(r"shard\.(0|[1-9][0-9]{0,4})")  # as `shard_key` writes it, for a shard has one name only
 
 CLUSTER_KEY = "cluster"
@@ -81,6 +83,28 @@ def shard_of_key(key: str) -> int | None:
     """The shard a map key is about, or None when the key is about something else."""
     written = _SHARD.fullmatch(key)
     return int(written[1]) if written else None
+
+
+def actor_key(actor: ActorId) -> str:
+    """The map's key of an actor that was moved by hand, which is also its name as a unit of ownership."""
+    return f"{_ACTOR}{actor.token}"
+
+
+def actor_of_key(key: str) -> ActorId | None:
+    """The actor a map key is about, or None when the key is about something else."""
+    if not key.startswith(_ACTOR):
+        return None
+    try:
+        actor = ActorId.from_token(key.removeprefix(_ACTOR))
+    except InvalidInput:
+        return None
+    return actor if actor_key(actor) == key else None  # an actor has one key only
+
+
+def unit_in_words(unit: str) -> str:
+    """A unit as users write it: shard/17, or the actor's id."""
+    actor = actor_of_key(unit)
+    return str(actor) if actor is not None else unit.replace(".", "/", 1)
 
 
 def node_key(node: str) -> str:

@@ -6,13 +6,14 @@ import asyncio
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, assert_never
 
 import structlog
 
 from routing import shard_map
+from routing.address import ActorId
 from routing.directory import Directory, MapEntry
 from routing.envelope import MAX_HOPS, Answer, Command, encode_answer, encode_command
 from routing.errors import (
@@ -31,7 +32,7 @@ from routing.errors import (
 from routing.link import Link
 from routing.settings import Settings
 from routing.shard_map import Ownership
-from routing.subjects import Subjects
+from routing.subjects import Subjects, actor_key, actor_of_key
 from runtime import rules
 from runtime.delivery import Delivery
 from runtime.live_actor import LiveActor
@@ -106,8 +107,8 @@ class Host:
 
     def _unit_for(self, name: str, command: Command) -> Unit | None:
         """A unit to wait in while it opens, when the map may give it to this node; None when it is another's."""
-        entry = self._directory.get(name)
-        if entry is not None and entry.ownership.owner != self.node_id and command.epoch <= entry.ownership.epoch:
+        owner, epoch = self._directory.owner_of(name)
+        if epoch and owner != self.node_id and command.epoch <= epoch:
             return None
         return self._start_opening(name)  # the sender knows a newer map than this node: read it before deciding
 
@@ -136,8 +137,9 @@ class Host:
         view = entry.ownership
         unit = self.units.get(name)
         verdict = rules.judge(
-            view, node=self.node_id, incarnation=self.incarnation, held=unit.held if unit is not None else None
-        )
+            view, node=self.node_id, incarnation=self.incarnation, held=unit.held if unit is not None else None,
+            counts=self._directory.counts(name),
+        )  # fmt: skip
         arrived = view.last.move if view.last is not None and view.owner == self.node_id else None
         self._arrivals.forget_unless(name, view.move or arrived)
         match verdict:
@@ -161,6 +163,18 @@ class Host:
                 self._reload(unit, view)
             case _:
                 assert_never(verdict)
+        if view.apart and (unit := self.units.get(name)) is not None:
+            self._let_go(unit, view.apart)
+
+    def _let_go(self, unit: Unit, apart: Iterable[str]) -> None:
+        """Forget actors of a shard that have a key of their own now. A handler that still runs sees it when it ends."""
+        for actor in apart:
+            live = unit.actors.pop(ActorId.parse(actor), None)
+            if live is None:
+                continue
+            waiting, live.inbox = live.inbox or (), None
+            for delivery in waiting:
+                self.deliver(delivery)
 
     def _start_opening(self, name: str) -> Unit:
         unit = self.units.get(name)
@@ -172,7 +186,8 @@ class Host:
         return unit
 
     async def _opening(self, unit: Unit) -> None:
-        """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
+        """Read the map and write BIND, BOOT or RETIRE until it has decided. Ends with the unit open or dropped."""
+        retiring = False
         while unit.state is UnitState.OPENING:
             if not self._may_serve():  # an earlier life that wakes up must not take units back from its successor
                 await asyncio.sleep(OPEN_RETRY_S)
@@ -181,10 +196,16 @@ class Host:
                 entry = await self._directory.refresh(unit.name)
                 if unit.state is not UnitState.OPENING:
                     return  # the refresh itself opened or dropped it
-                if entry is None or entry.ownership.owner != self.node_id:
+                counts = self._directory.counts(unit.name)
+                if entry is None or not counts or entry.ownership.owner != self.node_id:
                     self._drop(unit)
                     return
                 change = self._taking_over(entry.ownership)
+                if change is None:
+                    change = self._giving_back(unit.name, entry.ownership)
+                    if change is None and retiring:
+                        change = entry.ownership  # so that a RETIRE still under way can no longer land
+                    retiring = change is not None
                 if change is None:
                     self._open(unit, entry.ownership)
                 else:
@@ -200,6 +221,18 @@ class Host:
         if view.incarnation != self.incarnation:
             return shard_map.boot(view, node=self.node_id, incarnation=self.incarnation)
         return None
+
+    def _giving_back(self, name: str, view: Ownership) -> Ownership | None:
+        """RETIRE for an actor that needs no key of its own any more; None for everything else.
+
+        It is written while the unit is closed: as long as nobody knows whether the write has landed, its shard may go
+        elsewhere and take the actor along, so nothing must be answered from here.
+        """
+        actor = actor_of_key(name)
+        shard = self._directory.get(self._directory.shard_unit_of(actor)) if actor is not None else None
+        if shard is None or not shard_map.may_retire(view, shard.ownership):
+            return None
+        return shard_map.retire(view, incarnation=self.incarnation)
 
     def _open(self, unit: Unit, view: Ownership) -> None:
         unit.ownership, unit.fence, unit.state = view, max(unit.fence, view.fence), UnitState.OPEN
@@ -254,8 +287,12 @@ class Host:
         unit.drop()
         del self.units[unit.name]
         log.info("unit dropped", unit=unit.name, epoch=unit.epoch, forwarded=len(waiting))
+        counts = self._directory.counts(unit.name)
         for delivery in waiting:
-            self._send_on(unit.name, delivery)
+            if counts:
+                self._send_on(unit.name, delivery)
+            else:
+                self.deliver(delivery)  # its shard's again
 
     async def opened(self, name: str, *, timeout_s: float) -> None:
         """Wait until the unit is open here. Raises Timeout, or NotApplicable when the map gives it to another node."""
@@ -313,13 +350,11 @@ class Host:
         self.deliver(delivery)
 
     def _send_on(self, name: str, delivery: Delivery) -> None:
-        entry = self._directory.get(name)
         command = delivery.command
         if self.expired(command):
             self.counters["expired"] += 1
             return
-        owner = entry.ownership.owner if entry is not None else None
-        epoch = entry.ownership.epoch if entry is not None else 0
+        owner, epoch = self._directory.owner_of(name)
         if owner in (None, self.node_id) or delivery.future is not None or command.hops >= MAX_HOPS:
             moved = Moved(f"{name} is at {owner or 'no node'} (epoch {epoch})", owner=owner, epoch=epoch)
             self.answer(delivery, Answer(error=moved, owner=owner, epoch=epoch))
@@ -380,6 +415,25 @@ class Host:
                 # Not all at one tick: to look at a hundred thousand actors takes tens of milliseconds.
                 unit.rest_at_s = now_s + REST_SHARE * self._settings.passivate_after_s * _spread(unit.name)
                 self._passivate(unit, now_s)
+        for actor in self._directory.actors_apart():
+            try:
+                await self._return_to_shard(actor)
+            except (FerryError, WrongSequence) as error:
+                log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
+
+    async def _return_to_shard(self, actor: ActorId) -> None:
+        """End the key of an unpinned actor whose shard this node owns too. Raises what writing to the map raises."""
+        name, shard_name = actor_key(actor), self._directory.shard_unit_of(actor)
+        own, shard, unit = self._directory.get(name), self._directory.get(shard_name), self.units.get(shard_name)
+        if own is None or shard is None or unit is None or unit.state is not UnitState.OPEN:
+            return
+        if shard_map.may_retire(own.ownership, shard.ownership):
+            held = self.units.get(name)
+            if held is not None and held.state is UnitState.OPEN:
+                self._begin_anew(held, own.ownership)  # and whoever opens it writes RETIRE instead
+        elif own.ownership.retired and shard.ownership.move is None:
+            back = shard_map.take_back(shard.ownership, str(actor), own.ownership, incarnation=self.incarnation)
+            await self._directory.transition(shard_name, shard, back)
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
         rested = [

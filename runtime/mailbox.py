@@ -149,7 +149,7 @@ class Mailboxes:
             self._answer(unit, delivery, Answer(error=handler))
             return
         while True:
-            if unit.state is UnitState.DROPPED:
+            if unit.actors.get(live.actor_id) is not live:  # dropped, or a unit of its own now
                 if maybe_landed:  # the owner knows; the sender asks it again under the same id
                     doubt = InDoubt(f"{command.name!r} may have been applied before {unit.name} moved on")
                     self._answer(unit, delivery, Answer(error=doubt))

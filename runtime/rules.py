@@ -31,13 +31,14 @@ class Held:
     paused_for: str | None
 
 
-def judge(view: Ownership, *, node: str, incarnation: str, held: Held | None) -> Verdict:
-    """The verdict on a map value. `held` is None when this node does not serve the unit.
+def judge(view: Ownership, *, node: str, incarnation: str, held: Held | None, counts: bool = True) -> Verdict:
+    """The verdict on a map value. `held` is None when this node does not serve the unit; `counts` is False for the own
+    key of an actor that its shard owns.
 
     A paused source leaves its pause only through here, never by a timer: at pause epoch + 1 with its own move
     aborted it resumes; at any other epoch somebody may have owned the unit in between.
     """
-    if view.owner != node:
+    if view.owner != node or not counts:
         return Verdict.NOT_MINE
     if view.incarnation is None:
         return Verdict.BIND

@@ -88,7 +88,7 @@ class Buffer:
 
 
 class Unit:
-    """A shard (or, later, a pinned actor) on this node."""
+    """A shard, or an actor with a key of its own, on this node."""
 
     def __init__(self, name: str, buffer: Buffer) -> None:
         self.name = name

@@ -51,6 +51,11 @@ class Admission:
         self._room = ROOM_MOST  # actors of a node that may stand still at once, as the budget has allowed lately
         self._locked_at: dict[str, float] = {}  # move -> when the map told of its lock
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is planned or under way."""
+        return bool(self.waiting or self.running)
+
     def take_over(self, unfinished: Iterable[Move]) -> None:
         """Go on where an earlier leader stopped."""
         moves = list(unfinished)

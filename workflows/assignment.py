@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 
 from routing import shard_map
+from routing.address import shard_of
 from routing.directory import Directory, MapEntry
 from routing.errors import InDoubt, TransientError
 from routing.membership import Member
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
-from routing.subjects import shard_key, shard_of_key
+from routing.subjects import actor_of_key, shard_key, shard_of_key
 
 
 class Assignment:
@@ -25,7 +27,7 @@ class Assignment:
 
         So a node started with other actor classes does not take traffic down, and one with more of them can join.
         """
-        owners = {entry.ownership.owner for entry in self._directory.entries().values()}
+        owners = {entry.ownership.owner for entry in self._directory.shards().values()}
         serving = [set(alive[owner].types) for owner in owners if owner in alive]
         needed = set.intersection(*serving) if serving else set()
         return [
@@ -60,19 +62,33 @@ class Assignment:
             return None
         dead = {entry.ownership.owner for entry in orphans.values()}
         owners = self._balanced(without=dead, takers=takers)
+        heirs = {unit: owners[self._shard_of(unit)] for unit in orphans}  # an actor goes where its shard goes
         await self._write_all(
-            {
-                unit: (entry, shard_map.failover(entry.ownership, to=owners[shard_in(unit)]))
-                for unit, entry in orphans.items()
-            }
+            {unit: (entry, shard_map.failover(entry.ownership, to=heirs[unit])) for unit, entry in orphans.items()}
         )
-        heirs = sorted({owners[shard_in(unit)] for unit in orphans})
-        return f"node {', '.join(sorted(dead))} is gone: {len(orphans)} shards failed over to {', '.join(heirs)}"
+        what = Counter("actor" if shard_of_key(unit) is None else "shard" for unit in orphans)
+        shards, actors = f"{what['shard']} shards", f" and {what['actor']} pinned actors" if what["actor"] else ""
+        to = ", ".join(sorted(set(heirs.values())))
+        return f"node {', '.join(sorted(dead))} is gone: {shards}{actors} failed over to {to}"
+
+    def strays(self) -> list[str]:
+        """Actors that are unpinned, and elsewhere than their shards, by their units' names."""
+        found = []
+        for unit, entry in self._directory.apart().items():
+            home = self._directory.get(shard_key(self._shard_of(unit)))
+            if home is not None and not entry.ownership.pinned and entry.ownership.owner != home.ownership.owner:
+                found.append(unit)
+        return found
+
+    def _shard_of(self, unit: str) -> int:
+        """The shard that a unit is, or that it belongs to. Raises ValueError for a unit that is none."""
+        actor = actor_of_key(unit)
+        return shard_in(unit) if actor is None else shard_of(actor, self._directory.shards_total)
 
     def _balanced(self, *, without: set[str], takers: list[NodeWeight]) -> Mapping[int, str]:
         """shard -> node as placement wants it, when the shards of `without` and of nobody are free to give away."""
         owners: dict[int, str | None] = dict.fromkeys(range(self._directory.shards_total))
-        for unit, entry in self._directory.entries().items():
+        for unit, entry in self._directory.shards().items():
             owner = entry.ownership.owner
             owners[shard_in(unit)] = None if owner in without else owner
         return self._placement.rebalance_shards(owners, takers).shard_map

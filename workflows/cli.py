@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from routing.address import ActorId, shard_of
+from routing.address import ActorId
 from routing.errors import InvalidInput, PermanentError, Unavailable
 from routing.settings import Settings
+from routing.subjects import unit_in_words
 from workflows import presentation as show
 from workflows.command_line import (
     FAILED,
@@ -191,7 +192,8 @@ def where(actor: str, as_json: bool) -> None:
     if as_json:
         show.print_json(found)
         return
-    line = f"{found['actor']} is at {found['node']} (shard {found['shard']}, epoch {found['epoch']})"
+    pinned = ", pinned" if found["pinned"] else ""
+    line = f"{found['actor']} is at {found['node']} (shard {found['shard']}, epoch {found['epoch']}{pinned})"
     if found["move"]:
         line += f", on its way to {found['destination']} by move {found['move']}"
     elif found["incarnation"] is None:
@@ -315,7 +317,7 @@ async def _follow_plan(session: Session, started: dict[str, Any], wait: bool, ti
     if left:
         first = left[0]
         raise PermanentError(
-            f"{len(left)} of {moves} not completed: {SHARD_PREFIX}{first.shard} from {first.source} to"
+            f"{len(left)} of {moves} not completed: {unit_in_words(first.unit)} from {first.source} to"
             f" {first.destination} was {first.status.replace('_', ' ')} ({first.error or 'no reason recorded'})"
         )
     if not as_json:
@@ -357,7 +359,7 @@ async def _drain(settings: Settings, node_id: str, wait: bool, timeout_s: float,
 @wait_options()
 @json_option
 def migrate(target: str, destination: str, wait: bool, timeout_s: float, as_json: bool) -> None:
-    """Move one shard to another node by hand."""
+    """Move one shard, or one actor, to another node by hand. An actor stays there until it is unpinned."""
     run(_migrate(load_settings(), target, destination, wait, timeout_s, as_json))
 
 
@@ -366,20 +368,39 @@ async def _migrate(
 ) -> None:
     from workflows.session import open_session
 
-    number = target.removeprefix(SHARD_PREFIX)
-    is_shard = target.startswith(SHARD_PREFIX)
-    if is_shard and not (number.isascii() and number.isdigit()):
-        raise InvalidInput(f"{target!r} is malformed: write shard/N, e.g. shard/17")
-    actor = None if is_shard else ActorId.parse(target)
+    asked: dict[str, Any] = {"destination": destination}
+    if target.startswith(SHARD_PREFIX):
+        number = target.removeprefix(SHARD_PREFIX)
+        if not (number.isascii() and number.isdigit()):
+            raise InvalidInput(f"{target!r} is malformed: write shard/N, e.g. shard/17")
+        asked["shard"] = int(number)
+    else:
+        asked["actor"] = str(ActorId.parse(target))
     async with open_session(settings) as session:
-        if actor is not None:
-            shard = shard_of(actor, session.shards_total)
-            raise InvalidInput(
-                f"{actor} cannot be moved alone in this version, only its whole shard:"
-                f" `ferry migrate shard/{shard} --to {destination}`"
-            )
-        answer = await session.ask_leader("migrate", {"shard": int(number), "destination": destination})
+        answer = await session.ask_leader("migrate", asked)
         await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
+
+
+@cli.command()
+@click.argument("actor", metavar="TYPE/KEY")
+@wait_options()
+@json_option
+def unpin(actor: str, wait: bool, timeout_s: float, as_json: bool) -> None:
+    """Let an actor that was moved by hand go back to its shard, and with it from then on."""
+    run(_unpin(load_settings(), ActorId.parse(actor), wait, timeout_s, as_json))
+
+
+async def _unpin(settings: Settings, actor: ActorId, wait: bool, timeout_s: float, as_json: bool) -> None:
+    from workflows.session import open_session
+
+    async with open_session(settings) as session:
+        answer = await session.ask_leader("unpin", {"actor": str(actor)})
+        if answer["plan"] is not None:
+            await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
+        elif as_json:
+            show.print_json(answer)
+        else:
+            click.echo(f"{actor} is unpinned: it goes where its shard is")
 
 
 @cli.command()

@@ -34,7 +34,7 @@ from routing.link import Entry, Link, Message, Subscription
 from routing.membership import OBSERVER_MARGIN_S, Member, Membership
 from routing.placement import ConsistentHashPlacement
 from routing.settings import Settings
-from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, kv_stream, kv_subject, shard_of_key
+from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, actor_of_key, kv_stream, kv_subject, shard_of_key
 from workflows import planner, reconciler
 from workflows.admission import Admission
 from workflows.assignment import Assignment, shard_in
@@ -227,6 +227,8 @@ class Coordinator:
             for plan in await self._reconciler.reconcile():
                 self._tell(f"plan {plan.id} ended: {plan.completed} of {plan.total} moves completed")
                 self._after_plan(plan.failed)
+        if self._changed_at_s is None and not self.admission.busy and self._assignment.strays():
+            self.plan_soon("unpinned actors go home")
         await self._plan_when_due()
         await self.admission.admit(self.membership.alive())
 
@@ -265,11 +267,11 @@ class Coordinator:
         """What a rebalance would move now, and why. Raises InvalidInput when no node could receive anything."""
         alive, takers = self.membership.alive(), self.takers()
         return planner.plan_rebalance(
-            {shard_in(unit): entry.ownership for unit, entry in self.directory.entries().items()},
+            {shard_in(unit): entry.ownership for unit, entry in self.directory.shards().items()},
             [planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers) for m in alive.values()],
             await self.inventories(alive),
             plan_id=self.new_plan_id(), reason=reason, shards_total=self.directory.shards_total,
-            placement=self._placement,
+            placement=self._placement, apart={unit: entry.ownership for unit, entry in self.directory.apart().items()},
         )  # fmt: skip
 
     def takers(self) -> set[str]:
@@ -280,7 +282,7 @@ class Coordinator:
         return f"p{uuid.uuid4().hex[:12]}"
 
     async def inventories(self, nodes: Mapping[str, Member]) -> dict[str, planner.Inventory]:
-        """node -> shard -> its live actors with the bytes of their state, as the nodes answer."""
+        """node -> unit -> its live actors with the bytes of their state, as the nodes answer."""
 
         async def of(node: str) -> tuple[str, planner.Inventory]:
             try:
@@ -294,12 +296,12 @@ class Coordinator:
 
     async def _inventory_of(self, node: str) -> planner.Inventory:
         """All pages of a node's inventory. Raises InvalidInput when it is none, Unavailable, Timeout."""
-        found: dict[int, list[tuple[str, int]]] = {}
+        found: dict[str, list[tuple[str, int]]] = {}
         asked: dict[str, Any] = {}
         for _ in range(INVENTORY_PAGES):
             answer = await control.ask(self._link, self._subjects, node, "inventory", asked, timeout_s=INVENTORY_S)
-            for shard, actors in _inventory(answer).items():
-                found.setdefault(shard, []).extend(actors)
+            for unit, actors in _inventory(answer).items():
+                found.setdefault(unit, []).extend(actors)
             following = answer.get("next")
             if following is None:
                 return found
@@ -378,15 +380,14 @@ class Coordinator:
             log.warning("answer not sent", verb=verb, error=str(error))
 
 
-def _inventory(answer: Mapping[str, Any]) -> dict[int, list[tuple[str, int]]]:
-    """shard -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
-    found: dict[int, list[tuple[str, int]]] = {}
+def _inventory(answer: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """unit -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
+    found: dict[str, list[tuple[str, int]]] = {}
     units = answer.get("units")
     for unit, rows in units.items() if isinstance(units, dict) else [("units", units)]:
-        shard = shard_of_key(unit)
-        if shard is None or not isinstance(rows, list):
-            raise InvalidInput(f"inventory names {shown(unit)} with {shown(rows)}: expected a shard with its actors")
-        found[shard] = [_actor_and_size(row) for row in rows]
+        if (shard_of_key(unit) is None and actor_of_key(unit) is None) or not isinstance(rows, list):
+            raise InvalidInput(f"inventory names {shown(unit)} with {shown(rows)}: expected a unit with its actors")
+        found[unit] = [_actor_and_size(row) for row in rows]
     return found
 
 

@@ -1,26 +1,32 @@
-"""What the leading coordinator is asked by people: plan, rebalance, migrate, cancel, suspend, resume."""
+"""What the leading coordinator is asked by people: plan, rebalance, migrate, unpin, cancel, suspend, resume."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from routing.errors import InvalidInput, NotApplicable, Unavailable
+from routing import shard_map
+from routing.address import ActorId, shard_of
+from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.jsonlike import shown
 from routing.link import Link
-from routing.subjects import SUSPENDED_KEY, Subjects, kv_subject, shard_key
+from routing.subjects import SUSPENDED_KEY, Subjects, actor_key, kv_subject, shard_key, unit_in_words
 from workflows import planner
 from workflows.context import StepContext
-from workflows.records import TERMINAL, PlannedActor, PlannedMove, RebalanceRequest, to_document
+from workflows.records import TERMINAL, RebalanceRequest, to_document
 from workflows.store import RecordStore
 
 if TYPE_CHECKING:
     from workflows.coordinator import Coordinator
 
 APPEND_S = 2.0
+MAP_ATTEMPTS = 4
 
+T = TypeVar("T")
 Verb = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 
@@ -34,7 +40,7 @@ class Desk:
         self._suspended_subject = kv_subject(subjects.map_bucket, SUSPENDED_KEY)
         self._verbs: dict[str, Verb] = {
             "status": self.status, "plan": self.plan, "rebalance": self.rebalance, "migrate": self.migrate,
-            "cancel": self.cancel, "suspend": self.suspend, "resume": self.resume,
+            "unpin": self.unpin, "cancel": self.cancel, "suspend": self.suspend, "resume": self.resume,
         }  # fmt: skip
 
     def verb(self, name: str) -> Verb:
@@ -68,32 +74,100 @@ class Desk:
         return {"plan": to_document(await self._coordinator.handle_rebalance_request(request))}
 
     async def migrate(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Move one shard. Raises InvalidInput for an unknown shard or node, NotApplicable when it cannot go there."""
-        shard, destination = asked.get("shard"), asked.get("destination")
-        directory, alive = self._coordinator.directory, self._coordinator.membership.alive()
+        """Move one shard, or one actor, which is pinned by that. Raises InvalidInput for an unknown shard or node,
+        NotApplicable when it cannot go there.
+        """
+        destination = self._taker(asked.get("destination"))
+        if "actor" in asked:
+            actor, source = await self._decided(partial(self._pinned, destination), asked["actor"])
+            return await self._move(actor_key(actor), self._shard_of(actor), source, destination)
+        shard, directory = asked.get("shard"), self._coordinator.directory
         if type(shard) is not int or not 0 <= shard < directory.shards_total:  # a bool is an int as well
             raise InvalidInput(f"shard {shown(shard)} is unknown: this cluster has 0 to {directory.shards_total - 1}")
-        if not isinstance(destination, str) or destination not in alive:
-            raise InvalidInput(f"node {shown(destination)} is unknown: nodes are {', '.join(alive) or 'none'}")
-        if not alive[destination].takes_shards:
-            raise NotApplicable(f"node {destination} is {alive[destination].state}: it takes no shards")
-        if destination not in self._coordinator.takers():
-            raise NotApplicable(f"node {destination} lacks actor types of the nodes with shards: see `ferry status`")
         entry = await directory.refresh(shard_key(shard))
         if entry is None:
             raise Unavailable(f"shard/{shard} has no owner yet: try again in a moment")
-        source = entry.ownership.owner
+        return await self._move(shard_key(shard), shard, entry.ownership.owner, destination)
+
+    async def _pinned(self, destination: str, actor: ActorId) -> tuple[ActorId, str]:
+        """Give an actor that is to go to `destination` a key of its own, unless it has one. Returns it and its owner.
+
+        Raises WrongSequence when the map has changed meanwhile, and what writing to it raises.
+        """
+        directory, key = self._coordinator.directory, actor_key(actor)
+        own = await directory.refresh(key)  # read before its shard's key, as `take_out` wants it
+        shard = directory.get(directory.shard_unit_of(actor))
+        if shard is None:
+            raise Unavailable(f"the shard of {actor} has no owner yet: try again in a moment")
+        apart = own is not None and directory.counts(key)
+        if apart and own is not None and own.ownership.retired:
+            raise Unavailable(f"{actor} is just going back to its shard: try again in a moment")
+        owner = own.ownership.owner if apart and own is not None else shard.ownership.owner
+        if owner == destination:
+            raise NotApplicable(f"{actor} is at {destination} already: nothing to move")
+        if own is None or not apart:
+            value = shard_map.take_out(shard.ownership, str(actor), own.ownership if own is not None else None)
+            await directory.transition(key, own, value)
+            after = shard_map.set_apart(shard.ownership, str(actor))
+            await directory.transition(directory.shard_unit_of(actor), shard, after)
+        elif not own.ownership.pinned:
+            await directory.transition(key, own, shard_map.pin(own.ownership, pinned=True))
+        return actor, owner
+
+    async def unpin(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Let an actor that was moved by hand go back to its shard. Answers `{"plan"}`: its move, null when none is
+        needed, or possible now. Raises NotApplicable when it is not pinned.
+        """
+        actor, source, home = await self._decided(self._unpinned, asked.get("actor"))
+        if source is None or home == source or home not in self._coordinator.takers():
+            return {"plan": None}  # the node that has both takes it back, and the next plan brings it there
+        return await self._move(actor_key(actor), self._shard_of(actor), source, home, reason="unpinned")
+
+    async def _unpinned(self, actor: ActorId) -> tuple[ActorId, str | None, str]:
+        """Write that it is not pinned. Returns it, its owner (None: it is moving), and its shard's owner."""
+        directory, key = self._coordinator.directory, actor_key(actor)
+        own = await directory.refresh(key)
+        shard = directory.get(directory.shard_unit_of(actor))
+        if own is None or shard is None or not directory.counts(key) or not own.ownership.pinned:
+            raise NotApplicable(f"{actor} is not pinned: nothing to do")
+        await directory.transition(key, own, shard_map.pin(own.ownership, pinned=False))
+        return actor, own.ownership.owner if own.ownership.move is None else None, shard.ownership.owner
+
+    async def _decided(self, decide: Callable[[ActorId], Coroutine[Any, Any, T]], actor: Any) -> T:
+        """Decide about an actor on what the map says now, again when it has changed meanwhile."""
+        if not isinstance(actor, str):
+            raise InvalidInput(f"actor {shown(actor)} is malformed: write TYPE/KEY, e.g. aircraft/N14228")
+        for _ in range(MAP_ATTEMPTS):
+            with suppress(WrongSequence):
+                return await decide(ActorId.parse(actor))
+        raise Unavailable(f"{actor} or its shard changed hands {MAP_ATTEMPTS} times meanwhile: try again")
+
+    def _shard_of(self, actor: ActorId) -> int:
+        return shard_of(actor, self._coordinator.directory.shards_total)
+
+    def _taker(self, node: Any) -> str:
+        """A node that may receive something now. Raises InvalidInput when it is unknown, NotApplicable."""
+        alive = self._coordinator.membership.alive()
+        if not isinstance(node, str) or node not in alive:
+            raise InvalidInput(f"node {shown(node)} is unknown: nodes are {', '.join(alive) or 'none'}")
+        if not alive[node].takes_shards:
+            raise NotApplicable(f"node {node} is {alive[node].state}: it takes no shards")
+        if node not in self._coordinator.takers():
+            raise NotApplicable(f"node {node} lacks actor types of the nodes with shards: see `ferry status`")
+        return node
+
+    async def _move(
+        self, unit: str, shard: int, source: str, destination: str, *, reason: str = "by hand"
+    ) -> dict[str, Any]:
+        """Plan one move and start it."""
         if source == destination:
-            raise NotApplicable(f"shard/{shard} is at {destination} already: nothing to move")
-        inventories = await self._coordinator.inventories({k: m for k, m in alive.items() if k == source})
-        live = inventories.get(source, {}).get(shard, ())
-        planned = PlannedMove(
-            unit=shard_key(shard), shard=shard, source=source, destination=destination, reason="by hand",
-            actors=tuple(PlannedActor(actor_id=actor_id, state_bytes=size) for actor_id, size in live),
-        )  # fmt: skip
+            raise NotApplicable(f"{unit_in_words(unit)} is at {destination} already: nothing to move")
+        nodes = {node: member for node, member in self._coordinator.membership.alive().items() if node == source}
+        inventories = await self._coordinator.inventories(nodes)
         request = RebalanceRequest(
-            plan_id=self._coordinator.new_plan_id(), reason=f"shard/{shard} by hand", moves=(planned,)
-        )
+            plan_id=self._coordinator.new_plan_id(), reason=f"{unit_in_words(unit)} {reason}",
+            moves=(planner.planned_move(unit, shard, source, destination, inventories, reason=reason),),
+        )  # fmt: skip
         return {"plan": to_document(await self._coordinator.handle_rebalance_request(request))}
 
     async def cancel(self, asked: dict[str, Any]) -> dict[str, Any]:

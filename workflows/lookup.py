@@ -9,7 +9,6 @@ from typing import Any
 from routing.address import ActorId, shard_of
 from routing.errors import FerryError, InvalidInput, NotApplicable, Unavailable
 from routing.settings import Settings
-from routing.subjects import shard_key
 from workflows.records import MigrationStatus, to_document
 from workflows.session import STORE_S, open_session
 from workflows.store import RecordStore
@@ -67,13 +66,15 @@ async def where(settings: Settings, actor: ActorId) -> dict[str, Any]:
     """Where an actor lives, read from the map's leader. Raises Unavailable while nobody owns its shard."""
     async with open_session(settings) as session:
         shard = shard_of(actor, session.shards_total)
-        entry = await session.directory.refresh(shard_key(shard))
+        _, entry = await session.directory.locate(actor)
     if entry is None:
         raise Unavailable(f"shard {shard} of {actor} has no owner yet: start a node and a coordinator")
     view = entry.ownership
+    if view.retired:
+        raise Unavailable(f"{actor} is just going back to shard {shard}: try again in a moment")
     return {
         "actor": str(actor), "node": view.owner, "shard": shard, "epoch": view.epoch, "incarnation": view.incarnation,
-        "move": view.move, "destination": view.destination,
+        "move": view.move, "destination": view.destination, "pinned": view.pinned,
     }  # fmt: skip
 
 

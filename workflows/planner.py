@@ -14,15 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
-from routing.address import NodeId
+from routing.address import NodeId, shard_of
 from routing.errors import InvalidInput
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
-from routing.subjects import shard_key
+from routing.subjects import actor_of_key, shard_key
 from workflows.records import PlannedActor, PlannedMove, RebalanceRequest
 
-# A node's live actors: shard -> (actor id, bytes of its state). What a node answers when it is asked what it holds.
-Inventory = Mapping[int, Sequence[tuple[str, int]]]
+# A node's live actors: unit -> (actor id, bytes of its state). What a node answers when it is asked what it holds.
+Inventory = Mapping[str, Sequence[tuple[str, int]]]
 
 # For the estimate only. Measured on two cores: a chain of six steps runs 70 to 90 times a second under an admission
 # window; state goes from node to node throttled to 50 MB/s so that it does not starve other messages.
@@ -49,10 +49,13 @@ def plan_rebalance(
     reason: str,
     shards_total: int,
     placement: ConsistentHashPlacement,
+    apart: Mapping[str, Ownership] | None = None,
 ) -> RebalanceRequest:
     """The fewest moves to a balanced map, those that empty a draining node first, then in the order of the shards.
 
-    A node without an inventory, or a shard without an entry in it, has no live actors. Raises InvalidInput when no
+    `apart` are the actors with a key of their own, unit -> ownership: a pinned one stays until its node drains, and one
+    that is unpinned goes where its shard will be. A node without an inventory, or a unit without an entry in it, has no
+    live actors. Raises InvalidInput when no
     node may receive, a node is listed twice, or the map names a shard that the cluster does not have.
     """
     states = _by_id(nodes)
@@ -65,18 +68,24 @@ def plan_rebalance(
     movable = {shard: ownership for shard, ownership in shard_map.items() if ownership.owner in states}
     future_owners = {shard: ownership.destination or ownership.owner for shard, ownership in movable.items()}
     owners = {ownership.owner for ownership in shard_map.values()}
+    balanced = placement.rebalance_shards(future_owners, receivers)
     moves = [
-        PlannedMove(
-            unit=shard_key(move.shard),
-            shard=move.shard,
-            source=shard_map[move.shard].owner,
-            destination=move.destination,
+        planned_move(
+            shard_key(move.shard), move.shard, shard_map[move.shard].owner, move.destination, inventories,
             reason=_reason(states[shard_map[move.shard].owner], move.destination, owners),
-            actors=_actors(inventories.get(shard_map[move.shard].owner, {}).get(move.shard, ())),
         )
-        for move in placement.rebalance_shards(future_owners, receivers).moves
+        for move in balanced.moves
         if shard_map[move.shard].move is None
-    ]
+    ]  # fmt: skip
+    for unit, own in (apart or {}).items():
+        actor, source = actor_of_key(unit), states.get(own.owner)
+        if actor is None or source is None or own.move is not None or (own.pinned and not source.draining):
+            continue
+        shard = shard_of(actor, shards_total)
+        home = balanced.shard_map.get(shard)
+        if home is not None and home != own.owner:
+            reason = f"node {source.id} drains" if source.draining else f"{actor} is unpinned"
+            moves.append(planned_move(unit, shard, own.owner, home, inventories, reason=reason))
     moves.sort(key=lambda move: (not states[move.source].draining, move.shard))
     return RebalanceRequest(plan_id=plan_id, reason=reason, moves=tuple(moves))
 
@@ -149,5 +158,10 @@ def _reason(source: NodeState, destination: NodeId, owners: Set[NodeId]) -> str:
     return "balance" if destination in owners else f"node {destination} joined"
 
 
-def _actors(inventory: Sequence[tuple[str, int]]) -> tuple[PlannedActor, ...]:
-    return tuple(PlannedActor(actor_id=actor_id, state_bytes=size) for actor_id, size in inventory)
+def planned_move(
+    unit: str, shard: int, source: NodeId, destination: NodeId, inventories: Mapping[NodeId, Inventory], *, reason: str
+) -> PlannedMove:
+    """A move of what is live in a unit."""
+    live = inventories.get(source, {}).get(unit, ())
+    actors = tuple(PlannedActor(actor_id=actor_id, state_bytes=size) for actor_id, size in live)
+    return PlannedMove(unit=unit, shard=shard, source=source, destination=destination, reason=reason, actors=actors)

@@ -146,6 +146,10 @@ def print_status(document: Mapping[str, Any]) -> None:
                 for node in document["nodes"]
             ],
         )  # fmt: skip
+    if document["actors_apart"]:
+        click.echo("\nactors moved by hand (`ferry unpin` lets one go back to its shard):")
+        rows = [[a["actor"], a["node"], "pinned" if a["pinned"] else "goes back"] for a in document["actors_apart"]]
+        print_table(["actor", "node", ""], rows)
     if document["plan"] is not None:
         click.echo(f"\n{_plan_line(document['plan'])}")
     if document["events"]:

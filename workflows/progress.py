@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 
 from routing.errors import Timeout, TransientError
+from routing.subjects import unit_in_words
 from workflows.records import MigrationPlan, MigrationStatus, Move
 from workflows.session import Session
-from workflows.status import answering_workers, shown
+from workflows.status import answering_workers
 
 POLL_S = 0.1
 STALLED_S = 2.0  # without progress before somebody is asked why
@@ -93,7 +94,9 @@ async def _what_blocks(session: Session, *, since: float, leaving: str | None = 
     except TransientError as error:
         return str(error)
     failed = [m for m in latest if m.status in _FAILED and leaving in (None, m.source) and m.created_at > since]
-    return f"{shown(failed[0].unit)} was {failed[0].status.replace('_', ' ')}: {failed[0].error}" if failed else ""
+    return (
+        f"{unit_in_words(failed[0].unit)} was {failed[0].status.replace('_', ' ')}: {failed[0].error}" if failed else ""
+    )
 
 
 _FAILED = (MigrationStatus.ROLLED_BACK, MigrationStatus.FAILED)

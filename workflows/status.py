@@ -21,7 +21,7 @@ from routing.directory import MapEntry
 from routing.errors import FerryError
 from routing.membership import Member
 from routing.settings import Settings
-from routing.subjects import shard_key
+from routing.subjects import actor_of_key, shard_key, unit_in_words
 from workflows.records import ClusterEvent, MigrationPlan, to_document
 from workflows.session import open_session
 from workflows.store import RecordStore
@@ -81,7 +81,7 @@ async def gather_status(settings: Settings, *, all_workers: bool = False) -> Sta
 
 def to_json(status: Status) -> dict[str, Any]:
     """The document that `ferry status --json` prints."""
-    shards = Counter(entry.ownership.owner for entry in status.entries.values())
+    shards = Counter(e.ownership.owner for unit, e in status.entries.items() if actor_of_key(unit) is None)
     return {
         "cluster": status.cluster,
         "leader": status.leader,
@@ -89,6 +89,11 @@ def to_json(status: Status) -> dict[str, Any]:
         "shards_total": status.shards_total,
         "nodes": [_node(member, shards[node], status.answers.get(node)) for node, member in status.members.items()],
         "moves_running": status.moves_running,
+        "actors_apart": [
+            {"actor": str(actor), "node": entry.ownership.owner, "pinned": entry.ownership.pinned}
+            for unit, entry in sorted(status.entries.items())
+            if (actor := actor_of_key(unit)) is not None
+        ],
         "plan": to_document(status.plan) if status.plan is not None else None,
         "workers": list(status.workers) if status.workers is not None else None,
         "events": [to_document(event) for event in status.events],
@@ -277,7 +282,7 @@ def _plan_problems(status: Status) -> list[str]:
 def _lock_problems(status: Status) -> list[str]:
     found = []
     for lock in status.locks:
-        where = f"{shown(lock.unit)} is locked by move {lock.move} ({lock.owner} to {lock.destination})"
+        where = f"{unit_in_words(lock.unit)} is locked by move {lock.move} ({lock.owner} to {lock.destination})"
         if lock.idle_s is None and status.redis_error is None:
             found.append(f"{where}, of which there is no record: its source aborts it within seconds")
         elif lock.idle_s is not None and lock.idle_s > status.stuck_after_s:
@@ -285,14 +290,9 @@ def _lock_problems(status: Status) -> list[str]:
     return found
 
 
-def shown(unit: str) -> str:
-    """A unit as users write it: shard/17."""
-    return unit.replace(".", "/", 1)
-
-
 def _units(units: Sequence[str]) -> str:
     """`shard/1 has`, or `12 shards (shard/1, shard/2, ...) have`: the subject and auxiliary of a sentence."""
     if len(units) == 1:
-        return f"{shown(units[0])} has"
-    named = ", ".join(shown(unit) for unit in units[:NAMED_AT_MOST])
+        return f"{unit_in_words(units[0])} has"
+    named = ", ".join(unit_in_words(unit) for unit in units[:NAMED_AT_MOST])
     return f"{len(units)} shards ({named}{', ...' if len(units) > NAMED_AT_MOST else ''}) have"

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from routing import shard_map
+from routing.address import ActorId
 from routing.documents import decode_ownership
 from routing.errors import InvariantViolated
 from routing.link import Entry
 from routing.shard_map import Outcome, Ownership
+from routing.subjects import actor_key, actor_of_key, shard_of_key
 from runtime.journal import Kind, Record, decode_record
 
 
@@ -64,8 +66,8 @@ class Chronicle:
         self.note(now_s, f"{entry.sequence} {subject} {entry.payload.decode(errors='replace')[:400]}")
         if ".ev." in subject:
             self._on_record(subject, entry)
-        elif "-map.shard." in subject and not entry.removed:
-            self._on_map(subject[subject.index("shard.") :], decode_ownership(entry.payload))
+        elif (unit := unit_in(subject)) and not entry.removed:
+            self._on_map(unit, decode_ownership(entry.payload))
 
     def on_answer(self, actor: str, unit: str, epoch: int, incarnation: str, version: int, told: str) -> None:
         """An owner, standing at `version` of an actor's log, has told somebody something about the actor.
@@ -105,8 +107,10 @@ class Chronicle:
             self.problems.append(f"map of {unit}: {error}")
         self.map[unit] = after
         if before is not None and after.owner != before.owner:
-            ends = {actor: log.records[-1][0] for actor, log in self.logs.items() if log.unit == unit and log.records}
-            self.begins.update(ends)
+            own = {actor for actor in self.logs if unit == actor_key(ActorId.parse(actor))}
+            self._begin(own or {actor for actor, log in self.logs.items() if log.unit == unit} - {*after.apart})
+        elif before is not None and before.apart != after.apart:
+            self._begin({*before.apart} ^ {*after.apart})
         if after.move is not None:
             self.locked[after.move] = None
         if after.last is not None:
@@ -115,6 +119,17 @@ class Chronicle:
             known = self.outcomes.setdefault(after.last.move, after.last.outcome)
             if known is not after.last.outcome:
                 self.problems.append(f"map of {unit}: move {after.last.move} was {known}, then {after.last.outcome}")
+
+    def _begin(self, actors: set[str]) -> None:
+        """The map gives these actors to somebody, who must know all of their logs up to now."""
+        known = ((actor, self.logs.get(actor)) for actor in sorted(actors))
+        self.begins.update({actor: log.records[-1][0] for actor, log in known if log is not None and log.records})
+
+
+def unit_in(subject: str) -> str:
+    """The unit that a subject of the map is about; empty for all others."""
+    _, _, key = subject.partition("-map.")
+    return key if shard_of_key(key) is not None or actor_of_key(key) is not None else ""
 
 
 def written(record: Record) -> list[str]:

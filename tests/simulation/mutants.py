@@ -185,8 +185,8 @@ def _t6() -> list[Patch]:
 def _t7() -> list[Patch]:
     real = rules.judge
 
-    def judge(view: Ownership, *, node: str, incarnation: str, held: Any) -> Verdict:
-        return real(view, node=node, incarnation=view.incarnation or incarnation, held=held)
+    def judge(view: Ownership, *, incarnation: str, **values: Any) -> Verdict:
+        return real(view, incarnation=view.incarnation or incarnation, **values)
 
     def taking_over(self: Host, view: Ownership) -> Ownership | None:
         if view.incarnation is None:

@@ -61,6 +61,7 @@ class Profile:
     tasks_late: float = 0.0
     move_every_s: float = 0.4  # an operator moves a shard
     cancel: float = 0.05  # of those moves
+    pins: float = 0.0  # of those moves: of one actor instead, or back to its shard
     sessions: float = 0.5  # of the senders
     slow_handlers: float = 0.1
     conditional: float = 0.25
@@ -96,6 +97,7 @@ def draw(chance: Random) -> Profile:
         truncated=chance.random() < 0.06,
         slow=chance.choice((0.0, 0.01, 0.05)),
         lagging=chance.choice((0.0, 0.0, 0.02)),
+        pins=chance.choice((0.0, 0.3, 0.6)),
     )
     rough_network = {"lost": rate, "lost_answer": rate, "late": rate, "doubled": rate, "stale": rate}
     rough_tasks = {"tasks_lost": 0.05, "tasks_doubled": 0.1, "tasks_late": 0.1}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from routing.errors import FerryError, Quarantined
 from routing.shard_map import Ownership
+from routing.subjects import actor_of_key
 from runtime.unit import UnitState
 from tests.simulation.machines import NodeMachine
 
@@ -27,7 +28,8 @@ def under_way(world: World) -> list[str]:
     nodes = {node.name: node for node in world.nodes}
     left += [f"{machine.name} does not run" for machine in world.machines if machine.wanted and not machine.up]
     for unit, view in sorted(world.chronicle.map.items()):
-        left += _of_unit(unit, view, nodes.get(view.owner))
+        if world.counts(unit):
+            left += _of_unit(unit, view, nodes.get(view.owner))
     for machine in world.nodes:
         left += _of_node(world, machine)
     leaders = [one.name for one in world.coordinators if one.up and one.coordinator and one.coordinator.leading]
@@ -37,6 +39,8 @@ def under_way(world: World) -> list[str]:
 
 
 def _of_unit(unit: str, view: Ownership, owner: NodeMachine | None) -> list[str]:
+    if actor_of_key(unit) is not None and not view.pinned:
+        return [f"{unit} is not back in its shard"]
     if view.move is not None:
         return [f"{unit} is locked for {view.move}"]
     if owner is None or not owner.up or owner.node is None:
@@ -59,7 +63,7 @@ def _of_node(world: World, machine: NodeMachine) -> list[str]:
         return [f"{machine.name} is just starting"]
     left = []
     for unit in node.host.units.values():
-        if world.chronicle.map[unit.name].owner != machine.name:
+        if world.chronicle.map[unit.name].owner != machine.name or not world.counts(unit.name):
             left.append(f"{machine.name} still holds {unit.name}")
         if len(unit.buffer) or unit.pause is not None or unit.running:
             left.append(f"{unit.name} at {machine.name} has {len(unit.buffer)} waiting and {unit.running} running")

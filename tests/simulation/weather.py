@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from routing.shard_map import Ownership
 from routing.subjects import kv_subject, node_key
 from runtime.testing import Fault, Kind
+from tests.simulation.chronicle import unit_in
 from tests.simulation.machines import Machine
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-MAP_READ = "-map.shard."
 DEPOSED = 0.9  # of the reads after an ambush
 ASTRAY_S = (2.2, 4.5)  # a little more than the pause lease, and the time in which everybody gives up
 
@@ -63,7 +63,7 @@ class Weather:
         if drawn >= self._rates[-1][0]:
             return "deliver"
         fault = next(fault for limit, fault in self._rates if drawn < limit)
-        if fault == "stale" and not (kind == "read" and MAP_READ in subject):
+        if fault == "stale" and not (kind == "read" and unit_in(subject)):
             return "deliver"
         if fault == "double" and kind in ("append", "read"):
             return "deliver"
@@ -97,7 +97,7 @@ class Weather:
 
     def _directed(self, kind: Kind, subject: str) -> Fault | None:
         """What befalls the map around a COMMIT, where the profile says so."""
-        if MAP_READ in subject:
+        if unit_in(subject):
             if self._deposed and kind == "read" and self._chance.random() < DEPOSED:
                 self._world.nats.stale_by = self._chance.randint(self._world.profile.stale_by_at_least, 6)
                 self.faults["message stale"] += 1

@@ -21,11 +21,12 @@ from typing import Any
 from unittest import mock
 
 from routing import control
-from routing.address import ActorId
+from routing.address import ActorId, shard_of
 from routing.control import COORDINATOR
 from routing.envelope import Answer, Command
 from routing.errors import FerryError, OutOfOrder, Quarantined, Rejected
 from routing.settings import Settings
+from routing.subjects import actor_of_key, shard_key
 from runtime.mailbox import Mailboxes
 from runtime.testing import MemoryNats
 from runtime.testing.virtual_time import VirtualTimeLoop
@@ -227,6 +228,14 @@ class World:
         for n in range(self.profile.senders):
             self._add(SenderMachine(self, f"s{n}")).start()
 
+    def counts(self, unit: str) -> bool:
+        """Whether a key of the map says who owns a unit: an actor's own does while its shard names it apart."""
+        actor = actor_of_key(unit)
+        if actor is None:
+            return True
+        shard = self.chronicle.map[shard_key(shard_of(actor, self.profile.shards))]
+        return str(actor) in shard.apart
+
     def _serving(self) -> bool:
         owned = self.chronicle.map
         return len(owned) == self.profile.shards and all(view.incarnation for view in owned.values())
@@ -240,11 +249,18 @@ class World:
 
     async def _move(self, chance: Random, link: Any) -> None:
         nodes = [node.name for node in self.nodes if node.wanted]
-        asked = {"shard": chance.randrange(self.profile.shards), "destination": chance.choice(nodes)}
+        verb, asked = "migrate", {"destination": chance.choice(nodes)}
+        if self.profile.pins and chance.random() < self.profile.pins:
+            verb = chance.choice(("migrate", "migrate", "unpin"))
+            asked["actor"] = str(self.any_actor(chance))
+        else:
+            asked["shard"] = chance.randrange(self.profile.shards)
         subjects = self.settings.subjects
         self.asking += 1
         try:
-            answer = await control.ask(link, subjects, COORDINATOR, "migrate", asked, timeout_s=1.0)
+            answer = await control.ask(link, subjects, COORDINATOR, verb, asked, timeout_s=1.0)
+            if answer["plan"] is None:
+                return
             if chance.random() < self.profile.cancel:
                 await asyncio.sleep(chance.uniform(0, 0.05))
                 await control.ask(link, subjects, COORDINATOR, "cancel", {"plan": answer["plan"]["id"]}, timeout_s=1.0)
@@ -322,10 +338,11 @@ class World:
         faults["task lost, doubled or late"] += self.broker.faults
         faults["save lost or unanswered"] += self.shelf.faults
         ended = Counter("committed" if one.outcome == "committed" else "aborted" for one in self.ended)
+        ended["of one actor"] = sum(actor_of_key(one.unit) is not None for one in self.ended)
         told = Counter(one.outcome.value for one in self.operations if one.kind == "command")
         return Result(
             seed=self.seed, violations=found, digest=chronicle.digest, virtual_s=self.loop.time() - 1000.0,
-            callbacks=self.loop.callbacks, faults=+faults, moves=ended, commands=told,
+            callbacks=self.loop.callbacks, faults=+faults, moves=+ended, commands=told,
             quarantined=len(self.quarantined), lines=list(chronicle.lines or []),
         )  # fmt: skip
 

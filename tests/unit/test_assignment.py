@@ -19,7 +19,7 @@ def member(node: str, *types: str, state: NodeState = NodeState.UP) -> Member:
 
 def takers(owners: str, *members: Member) -> set[str]:
     entries = {f"shard.{n}": SimpleNamespace(ownership=SimpleNamespace(owner=o)) for n, o in enumerate(owners)}
-    directory: Any = SimpleNamespace(entries=lambda: entries, shards_total=len(owners))
+    directory: Any = SimpleNamespace(shards=lambda: entries, shards_total=len(owners))
     assignment = Assignment(cast(Directory, directory), ConsistentHashPlacement())
     return {node.id for node in assignment.takers({m.id: m for m in members})}
 

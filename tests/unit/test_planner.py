@@ -153,7 +153,9 @@ def test_a_dead_nodes_shards_are_left_to_the_fail_over() -> None:
 def test_a_move_lists_the_live_actors_of_its_shard_at_the_source() -> None:
     """Not those another node holds of the same shard, and none where the source has none."""
     shard_map = {0: owned_by("b"), 1: owned_by("b")}
-    inventories: dict[str, Inventory] = {"b": {1: [("cart/x", 10), ("cart/y", 20)]}, "a": {0: [("cart/stale", 5)]}}
+    inventories: dict[str, Inventory] = {
+        "b": {"shard.1": [("cart/x", 10), ("cart/y", 20)]}, "a": {"shard.0": [("cart/stale", 5)]},
+    }  # fmt: skip
 
     request = plan(shard_map, nodes("a", "b", draining="b"), inventories)
 
@@ -188,8 +190,8 @@ def test_a_summary_counts_moves_actors_and_bytes_by_route() -> None:
     """And estimates the time from all three."""
     shard_map = {0: owned_by("b"), 1: owned_by("b"), 2: owned_by("c")}
     inventories: dict[str, Inventory] = {
-        "b": {0: [("cart/x", 10)], 1: [("cart/y", 20), ("cart/z", 30)]},
-        "c": {2: [("cart/q", 40)]},
+        "b": {"shard.0": [("cart/x", 10)], "shard.1": [("cart/y", 20), ("cart/z", 30)]},
+        "c": {"shard.2": [("cart/q", 40)]},
     }
     request = plan(shard_map, nodes("a", "b", "c", draining="bc"), inventories)
 

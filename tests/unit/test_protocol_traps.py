@@ -400,21 +400,24 @@ def chaos(seed: int) -> Any:
     @virtually
     async def check() -> None:
         draw = random.Random(seed)
-        async with cluster("a", "b", "c", latency=lambda: draw.random() * 0.003, snapshot_every=6) as small:
+        async with cluster(
+            "a", "b", "c", latency=lambda: draw.random() * 0.003, snapshot_every=6, dedup_window=1024
+        ) as small:
             acknowledged: dict[int, list[tuple[int, int]]] = {}
             stop = asyncio.Event()
 
             async def sender(name: int) -> None:
                 """The next only after the last one's outcome is known: as a careful caller does."""
                 acknowledged[name] = []
-                number = 0
-                while not stop.is_set():
+                number, known = 0, True
+                while not (known and stop.is_set()):
                     try:
                         reply = await small.send("k", "write", f"{name}-{number}", timeout_s=15.0, entry=[name, number])
                     except (TransientError, InDoubt):
+                        known = False
                         continue
                     acknowledged[name].append((number, reply))
-                    number += 1
+                    number, known = number + 1, True
                     await asyncio.sleep(draw.random() * 0.2)
 
             senders = [asyncio.create_task(sender(name)) for name in range(4)]
@@ -437,9 +440,11 @@ def chaos(seed: int) -> Any:
                         await small.fail_over(other)
                     else:
                         small.nodes[owner].cut()
-                        await small.fail_over(other)
-                        await asyncio.sleep(draw.random() * 2)
-                        small.nodes[owner].heal()
+                        try:
+                            await small.fail_over(other)
+                            await asyncio.sleep(draw.random() * 2)
+                        finally:
+                            small.nodes[owner].heal()
                 except (TransientError, InDoubt, NotApplicable):
                     pass
             await asyncio.sleep(25)
