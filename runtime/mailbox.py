@@ -49,7 +49,7 @@ T = TypeVar("T")
 RETRY_FIRST_S, RETRY_MOST_S = 0.01, 0.5
 
 
-class _Fenced(Exception):
+class _Fenced(NotApplicable):
     """The log holds a higher epoch than this node serves at: whoever wrote it owns the actor now."""
 
 
@@ -367,7 +367,7 @@ class Mailboxes:
         )
         match standing:
             case Standing.FENCED:
-                raise _Fenced
+                raise _Fenced(f"log of {live.actor_id} is at epoch {epoch}, {unit.name} here at {unit.epoch}: not ours")
             case Standing.SHORTER:
                 self._host.counters["quarantined"] += 1
                 raise Quarantined(

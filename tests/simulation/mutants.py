@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from routing import shard_map
-from routing.directory import MapEntry
+from routing.directory import Directory, MapEntry
 from routing.errors import InDoubt, NotApplicable, WrongSequence
 from routing.shard_map import Ownership
 from runtime import live_actor, rules
@@ -102,6 +102,10 @@ _DEPOSED = Profile(
 _TASKS_FAIL = Profile(
     shards=3, tasks_lost=0.15, tasks_doubled=0.2, tasks_late=0.2, move_every_s=0.3, fault_every_s=0.6,
     faults={"kill": 1, "stop": 1}, victims={"worker": 1}, commands=4, rough_s=6.0,
+)  # fmt: skip
+_PINS = Profile(
+    shards=1, actors=2, senders=4, commands=25, rough_s=8.0, move_every_s=0.1, pins=0.8, slow_handlers=0.4,
+    fault_every_s=1.5, faults={"kill": 1, "stop": 2, "partition": 1}, victims={"node": 1}, late=0.02,
 )  # fmt: skip
 _MOVES = Profile(shards=2, actors=2, commands=14, move_every_s=0.12, sessions=1.0, fault_every_s=2.0, late=0.03)
 
@@ -312,6 +316,37 @@ def _s3() -> list[Patch]:
     return [_settling(Settlement.REREAD)]
 
 
+def _p1() -> list[Patch]:
+    real = shard_map.take_out
+
+    def take_out(shard: Ownership, actor: str, known: Ownership | None) -> Ownership:
+        return replace(real(shard, actor, known), epoch=shard.epoch, fence=shard.fence)
+
+    return [mock.patch.object(shard_map, "take_out", take_out), _unchecked()]
+
+
+def _p2() -> list[Patch]:
+    real = shard_map.take_back
+
+    def take_back(shard: Ownership, actor: str, own: Ownership, *, incarnation: str) -> Ownership:
+        return replace(real(shard, actor, own, incarnation=incarnation), epoch=shard.epoch, fence=shard.fence)
+
+    return [mock.patch.object(shard_map, "take_back", take_back), _unchecked()]
+
+
+def _unchecked() -> Patch:
+    return mock.patch.object(shard_map, "check", return_value=None)
+
+
+def _p3() -> list[Patch]:
+    return [mock.patch.object(Directory, "counts", return_value=True)]
+
+
+def _p4() -> list[Patch]:
+    return [mock.patch.object(Host, "_let_go", return_value=None)]
+
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="T1", seed=677, rule="after FAILOVER and BOOT an actor is claimed first", patches=_t1, profile=_NODES_FAIL
@@ -412,4 +447,13 @@ MUTANTS: tuple[Mutant, ...] = (
         patches=_s3,
         profile=_DEPOSED,
     ),
+    Mutant(
+        name="P1",
+        rule="an actor's own key begins above its shard's, fenced",
+        patches=_p1,
+        profile=replace(_PINS, slow_handlers=0.9, fault_every_s=float("inf"), late=0.0, move_every_s=0.05),
+    ),
+    Mutant(name="P2", rule="a shard takes an actor back above both keys, fenced", patches=_p2, profile=_PINS),
+    Mutant(name="P3", rule="an actor's own key counts only while its shard says so", patches=_p3, profile=_PINS),
+    Mutant(name="P4", rule="a shard lets go of an actor that is set apart", patches=_p4, profile=_PINS),
 )
