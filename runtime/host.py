@@ -167,12 +167,19 @@ class Host:
             self._let_go(unit, view.apart)
 
     def _let_go(self, unit: Unit, apart: Iterable[str]) -> None:
-        """Forget actors of a shard that have a key of their own now. A handler that still runs sees it when it ends."""
+        """Give actors of a shard that have a key of their own now to the units that they are.
+
+        A handler that still runs sees it when it ends: what it stores after that is refused, or read by its successor.
+        """
         for actor in apart:
             live = unit.actors.pop(ActorId.parse(actor), None)
             if live is None:
                 continue
+            own = self._start_opening(actor_key(live.actor_id))
             waiting, live.inbox = live.inbox or (), None
+            if not live.running and live.instance is not None and live.actor_id not in own.actors:
+                live.unverified = True  # it is compared with its log before its next use, as after a move
+                own.actors[live.actor_id] = live
             for delivery in waiting:
                 self.deliver(delivery)
 

@@ -14,7 +14,7 @@ from routing.address import ActorId, shard_of
 from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.jsonlike import shown
 from routing.link import Link
-from routing.subjects import SUSPENDED_KEY, Subjects, actor_key, kv_subject, shard_key, unit_in_words
+from routing.subjects import SUSPENDED_KEY, Subjects, actor_key, actor_of_key, kv_subject, shard_key, unit_in_words
 from workflows import planner
 from workflows.context import StepContext
 from workflows.records import TERMINAL, RebalanceRequest, to_document
@@ -164,6 +164,9 @@ class Desk:
             raise NotApplicable(f"{unit_in_words(unit)} is at {destination} already: nothing to move")
         nodes = {node: member for node, member in self._coordinator.membership.alive().items() if node == source}
         inventories = await self._coordinator.inventories(nodes)
+        if (actor := actor_of_key(unit)) is not None:  # on record even when it rests in its log
+            inventories.setdefault(source, {})
+            inventories[source] = {unit: [(str(actor), 0)], **inventories[source]}
         request = RebalanceRequest(
             plan_id=self._coordinator.new_plan_id(), reason=f"{unit_in_words(unit)} {reason}",
             moves=(planner.planned_move(unit, shard, source, destination, inventories, reason=reason),),

@@ -71,6 +71,17 @@ class Cluster:
         return until(settled, within_s=30)
 
 
+def place(cluster: Cluster, actor: str) -> Any:
+    return cluster.ferry("where", actor, "--json").json
+
+
+def same_shard(prefix: str, shards: int) -> tuple[str, str]:
+    """Two aircraft of one shard."""
+    first = ActorId("aircraft", f"{prefix}0")
+    names = (ActorId("aircraft", f"{prefix}{n}") for n in range(1, 1_000))
+    return str(first), str(next(one for one in names if shard_of(one, shards) == shard_of(first, shards)))
+
+
 def at_rest(status: Any) -> bool:
     return status["moves_running"] == 0 and (status["plan"] is None or status["plan"]["finished_at"] is not None)
 
@@ -155,8 +166,49 @@ def test_a_shard_moved_by_hand_is_where_it_was_sent_and_on_record(cluster: Clust
     assert "await_ack" in shown
 
 
+def test_an_actor_moved_by_hand_stays_there_until_it_is_unpinned(cluster: Cluster) -> None:
+    """It alone: its shard stays, and may go elsewhere meanwhile; every one of its own moves is on record."""
+    # Given two actors of one shard.
+    pinned, mate = same_shard("P", SHARDS)
+    for actor in (pinned, mate):
+        assert cluster.ferry("send", actor, "fly", "distance=7").code == 0
+    source = place(cluster, pinned)["node"]
+
+    # When one is moved, and then their shard, there and back.
+    moved = cluster.ferry("migrate", pinned, "--to", other(source), "--wait", "--json")
+    assert moved.code == 0, moved.error
+    assert moved.json["plan"]["completed"] == 1
+    assert cluster.ferry("send", pinned, "fly", "distance=5").json == 2
+    apart = [(place(cluster, actor)["node"], place(cluster, actor)["pinned"]) for actor in (pinned, mate)]
+    shard = f"shard/{place(cluster, mate)['shard']}"
+    for node in (other(source), source):
+        assert cluster.ferry("migrate", shard, "--to", node, "--wait").code == 0
+    status = cluster.status()
+
+    # Then it stays where it was sent; the rest went with the shard.
+    assert apart == [(other(source), True), (source, False)]
+    assert status["actors_apart"] == [{"actor": pinned, "node": other(source), "pinned": True}]
+    assert sum(node["shards"] for node in status["nodes"]) == SHARDS
+    assert f"{pinned} is at {other(source)}" in cluster.ferry("where", pinned).out
+    assert pinned in cluster.ferry("status").out
+    [record] = cluster.ferry("migrations", "--actor", pinned, "--json").json[-1:]
+    assert (record["source"], record["destination"], record["status"]) == (source, other(source), "completed")
+    assert cluster.ferry("migrate", pinned, "--to", other(source)).code == 1
+
+    # When it is unpinned it goes home, with all it had, and with its shard from then on.
+    gone = cluster.ferry("unpin", pinned, "--wait")
+    assert gone.code == 0, gone.error
+    assert until(lambda: cluster.status()["actors_apart"] == [])
+    assert (place(cluster, pinned)["node"], place(cluster, pinned)["pinned"]) == (source, False)
+    assert cluster.ferry("send", pinned, "totals").json["miles"] == 12
+    assert cluster.ferry("migrate", shard, "--to", other(source), "--wait").code == 0
+    assert place(cluster, pinned)["node"] == other(source)
+    assert cluster.ferry("send", pinned, "totals").json["miles"] == 12
+    assert cluster.ferry("migrate", shard, "--to", source, "--wait").code == 0
+
+
 def test_what_cannot_be_moved_is_refused_with_the_reason(cluster: Cluster) -> None:
-    """Each in one line: unknown node, unknown shard, already there, an actor alone; unknown ids exit with 1."""
+    """Each in one line: unknown node, unknown shard, already there, not pinned; unknown ids exit with 1."""
     here = cluster.ferry("where", "aircraft/N3", "--json").json
     shard = f"shard/{here['shard']}"
 
@@ -164,7 +216,9 @@ def test_what_cannot_be_moved_is_refused_with_the_reason(cluster: Cluster) -> No
         ("migrate", shard, "--to", "x"): (2, "nodes are a, b"),
         ("migrate", "shard/99", "--to", "a"): (2, "0 to 15"),
         ("migrate", shard, "--to", here["node"], "--wait"): (1, "nothing to move"),
-        ("migrate", "aircraft/N3", "--to", "a"): (2, f"ferry migrate {shard} --to a"),
+        ("migrate", "aircraft/N3", "--to", here["node"]): (1, "nothing to move"),
+        ("migrate", "aircraft", "--to", "a"): (2, "write TYPE/KEY"),
+        ("unpin", "aircraft/N3"): (1, "not pinned"),
         ("drain", "x"): (2, "nodes are a, b"),
         ("cancel", "p0"): (2, "'p0' is unknown"),
         ("migration", "m0.0"): (1, "no record 'm0.0'"),

@@ -25,6 +25,7 @@ from routing.errors import (
 from routing.shard_map import Outcome
 from runtime.actor import Actor, command, event, query
 from runtime.handover import WORD_S
+from runtime.journal import Journal, Kind, Record
 from runtime.testing import Fault
 from tests.unit.cluster import STEPS, UNIT, Ledger, answered, cluster
 from tests.unit.virtual_time import until, virtually
@@ -646,3 +647,22 @@ async def test_the_next_owner_does_not_try_at_once_what_the_one_before_could_not
             await small.router.send_message(awkward, "become", {"how": "raises"})
 
         assert small.nodes["b"].node.host.counters["snapshots_failed"] == 1  # the claim makes it 7: tried from 12 on
+
+
+@virtually
+async def test_a_source_whose_actor_is_anothers_by_its_log_refuses_to_capture_it() -> None:
+    """It was stopped for so long that it failed over, and does not know; it must neither move the actor nor end."""
+    async with cluster("a", "b") as small:
+        await small.send("k", "write", entry=1)
+        request = await small.lock("m", "b")
+        await small.steps(request, until_verb="pause")
+        journal = Journal(small.link, small.subjects, shards_total=1, append_timeout_s=2.0)
+        version, _ = await journal.tail(ActorId("ledger", "k")) or (0, None)
+        claim = Record(kind=Kind.CLAIM, epoch=request.epoch + 1, incarnation="b-1", trail=())
+        await journal.append(ActorId("ledger", "k"), claim, after=version)
+        small.nodes["a"].node.host.units[UNIT].actors[ActorId("ledger", "k")].dirty = True
+
+        with pytest.raises(NotApplicable, match="not ours"):
+            await small.step("capture", request)
+
+        assert not small.nodes["a"].task.done()
