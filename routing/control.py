@@ -82,12 +82,13 @@ class _Strict(Schema):
 
 
 _name = fields.String(required=True, validate=validate.Length(1, 200))
+_unit = fields.String(required=True, validate=validate.Length(1, 500))  # an actor's, escaped, is the longest
 _count = fields.Integer(required=True, strict=True, validate=validate.Range(0))
 
 
 class _StepRequestSchema(_Strict):
     move = _name
-    unit = _name
+    unit = _unit
     epoch = _count
     source = _name
     destination = _name
@@ -129,7 +130,7 @@ def _manifest_row(place: int, row: Any) -> ManifestRow:
 
 class _MigrationRequestSchema(_Strict):
     move = _name
-    unit = _name
+    unit = _unit
     epoch = _count
     source = _name
     destination = _name

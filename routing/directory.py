@@ -35,7 +35,7 @@ class Directory:
     """Where every unit of ownership lives: every shard, and every actor that was moved by hand.
 
     Invariant: an entry is only ever replaced by one of a higher revision, so a view never goes back in time.
-    An actor's own key counts exactly while the key of its shard names it apart.
+    An actor's own key counts exactly while its shard's names the actor apart, and the time at which it was taken out.
     Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
     """
 
@@ -51,8 +51,9 @@ class Directory:
         self._prefix = len(kv_subject(self._bucket, ""))
         self._timeout_s = timeout_s
         self._entries: dict[str, MapEntry] = {}
-        self._actor_keys: set[str] = set()  # those of the entries that are about an actor
-        self._apart: dict[ActorId, str] = {}  # actor -> its unit, of those whose own key counts
+        self._actor_keys: dict[str, None] = {}  # those of the entries that are about an actor
+        self._apart: dict[ActorId, str] = {}  # actor -> its unit, of those that their shards name apart
+        self._taken_out: dict[str, int] = {}  # those units -> the epoch at which they were taken out
         self._observers: list[Callable[[str, MapEntry], None]] = []
         self._watch: Subscription | None = None
         self._awaited: dict[str, asyncio.Event] = {}
@@ -75,16 +76,17 @@ class Directory:
         """The unit of ownership an actor belongs to."""
         if self._apart and (unit := self._apart.get(actor)) is not None:
             return unit
-        return self.shard_unit_of(actor)
+        return shard_key(shard_of(actor, self.shards_total))
 
     def shard_unit_of(self, actor: ActorId) -> str:
         """The shard of an actor as a unit, whether the actor has a key of its own or not."""
         return shard_key(shard_of(actor, self.shards_total))
 
     def counts(self, unit: str) -> bool:
-        """Whether a key says who owns a unit: a shard's always does, an actor's while its shard names it apart."""
-        actor = actor_of_key(unit)
-        return actor is None or actor in self._apart
+        """Whether what is known of a unit's key says who owns it: of a shard's always, else see above."""
+        if unit not in self._actor_keys:
+            return actor_of_key(unit) is None
+        return self._entries[unit].ownership.taken_out == self._taken_out.get(unit)
 
     def get(self, unit: str) -> MapEntry | None:
         return self._entries.get(unit)
@@ -104,8 +106,8 @@ class Directory:
 
     def apart(self) -> dict[str, MapEntry]:
         """The actors whose own keys count, without those that wait for their shard's owner to take them back."""
-        found = ((unit, self._entries.get(unit)) for unit in self._apart.values())
-        return {unit: entry for unit, entry in found if entry is not None and not entry.ownership.retired}
+        found = ((unit, self._entries[unit]) for unit in self._actor_keys if self.counts(unit))
+        return {unit: entry for unit, entry in found if not entry.ownership.retired}
 
     def get_actor_node(self, actor: ActorId) -> NodeId | None:
         """The node that owns the actor as far as known here; None before the cluster's first assignment."""
@@ -114,7 +116,7 @@ class Directory:
     def owner_of(self, unit: str) -> tuple[NodeId | None, int]:
         """(owner, epoch) as far as known here. An actor that waits to be taken back by its shard has no owner."""
         entry = self._entries.get(unit)
-        if entry is None:
+        if entry is None or (unit in self._actor_keys and not self.counts(unit)):
             return None, 0
         return None if entry.ownership.retired else entry.ownership.owner, entry.ownership.epoch
 
@@ -145,7 +147,9 @@ class Directory:
 
         Raises NotApplicable for what is no unit; Timeout, Unavailable when it has to be read and cannot be.
         """
-        if not self._is_unit(unit):
+        if shard_of_key(unit) is None and unit not in self._entries:
+            await self.refresh(unit)
+        if not self._is_unit(unit) or (shard_of_key(unit) is None and unit not in self._entries):
             raise NotApplicable(f"{unit} is no unit of this cluster")
         try:
             async with asyncio.timeout(timeout_s):
@@ -211,25 +215,25 @@ class Directory:
             return
         self._entries[unit] = entry
         if actor_of_key(unit) is not None:
-            self._actor_keys.add(unit)
+            self._actor_keys[unit] = None
         changed = self._set_apart(known.ownership.apart if known is not None else (), entry.ownership.apart)
         self._notify(unit, entry)
         for own in changed:  # whether these keys count has changed, and so what their values mean
             if (found := self._entries.get(own)) is not None:
                 self._notify(own, found)
 
-    def _set_apart(self, before: tuple[str, ...], after: tuple[str, ...]) -> list[str]:
+    def _set_apart(self, before: tuple[tuple[str, int], ...], after: tuple[tuple[str, int], ...]) -> list[str]:
         """Remember which actors' own keys count by a shard's latest value; returns those for which that has changed."""
         if before == after:
             return []
         changed = []
-        for text in sorted({*before} ^ {*after}):
-            actor = ActorId.parse(text)
-            changed.append(actor_key(actor))
-            if text in after:
-                self._apart[actor] = changed[-1]
+        for text in sorted({actor for actor, _ in {*before} ^ {*after}}):
+            actor, epoch = ActorId.parse(text), dict(after).get(text)
+            changed.append(own := actor_key(actor))
+            if epoch is not None:
+                self._apart[actor], self._taken_out[own] = own, epoch
             else:
-                del self._apart[actor]
+                del self._apart[actor], self._taken_out[own]
         return changed
 
     def _notify(self, unit: str, entry: MapEntry) -> None:
@@ -241,9 +245,9 @@ class Directory:
     def _check_unit(self, unit: str, ownership: Ownership) -> None:
         """Raises InvalidInput for a value that this unit cannot have."""
         is_shard = shard_of_key(unit) is not None
-        if ownership.retired if is_shard else ownership.apart:
-            raise InvalidInput("a shard has an owner, and only a shard has actors apart")
-        if any(self.shard_unit_of(ActorId.parse(actor)) != unit for actor in ownership.apart):
+        if (ownership.retired or ownership.taken_out or ownership.pinned) if is_shard else ownership.apart:
+            raise InvalidInput("only a shard has actors apart, and only an actor is taken out of one")
+        if any(self.shard_unit_of(ActorId.parse(actor)) != unit for actor, _ in ownership.apart):
             raise InvalidInput("the actors apart are not all of this shard")
 
     def _is_unit(self, key: str) -> bool:

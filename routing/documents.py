@@ -23,7 +23,8 @@ def encode_ownership(ownership: Ownership) -> bytes:
             "move": ownership.move,
             "destination": ownership.destination,
             "last": None if last is None else {"move": last.move, "outcome": last.outcome, "epoch": last.epoch},
-            **({"apart": ownership.apart} if ownership.apart else {}),
+            **({"apart": dict(ownership.apart)} if ownership.apart else {}),
+            **({"taken_out": ownership.taken_out} if ownership.taken_out else {}),
             **({"pinned": True} if ownership.pinned else {}),
         }
     )
@@ -36,10 +37,10 @@ def decode_ownership(payload: bytes) -> Ownership:
         epoch, last, move, destination = (document[name] for name in ("epoch", "last", "move", "destination"))
         if (move is None) != (destination is None) or (destination is not None and destination == document["owner"]):
             raise InvalidInput("a lock names a move, and a destination that is not the owner")
-        owner, apart = _text(document["owner"]), document.get("apart", [])
+        owner, apart = _text(document["owner"]), document.get("apart", {})
         if owner == ITS_SHARD and (move is not None or document["incarnation"] is not None):
             raise InvalidInput("what its shard owns has neither a lock nor an incarnation")
-        if not isinstance(apart, list) or len(apart) > APART_MOST:
+        if not isinstance(apart, dict) or len(apart) > APART_MOST:
             raise InvalidInput(f"{jsonlike.shown(apart)} are not at most {APART_MOST} actors")
         ownership = Ownership(
             owner=owner if owner == ITS_SHARD else check_node_id(owner),
@@ -49,7 +50,8 @@ def decode_ownership(payload: bytes) -> Ownership:
             move=None if move is None else _text(move),
             destination=None if destination is None else check_node_id(_text(destination)),
             last=None if last is None else _last(last, epoch),
-            apart=tuple(str(ActorId.parse(_text(actor))) for actor in apart),
+            apart=tuple(sorted((str(ActorId.parse(actor)), _epoch(at, least=1)) for actor, at in apart.items())),
+            taken_out=_epoch(document.get("taken_out", 0), most=epoch),
             pinned=_flag(document.get("pinned", False)),
         )
     except (ValueError, KeyError, TypeError, InvalidInput) as error:

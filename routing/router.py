@@ -31,7 +31,7 @@ from routing.errors import (
     Unavailable,
 )
 from routing.link import Link
-from routing.subjects import Subjects
+from routing.subjects import Subjects, unit_in_words
 
 log = structlog.get_logger("ferry.router")
 
@@ -130,7 +130,7 @@ class Router:
             await self._refresh(unit, attempts)
             return None
         if answer.owner is not None:
-            self._learn(unit, answer.owner, answer.epoch)
+            self._learn(self._directory.unit_of(command.actor), answer.owner, answer.epoch)
         match answer.error:
             case None:
                 return answer
@@ -155,7 +155,8 @@ class Router:
             return await self._ask_here(self._local, replace(command, expires_ms=expires_ms), timeout_s)
         owner, epoch = self._route(unit)
         if owner is None:
-            raise Unavailable(f"{unit} has no owner yet: start a coordinator and a node")
+            mend = "start a coordinator and a node" if self._directory.counts(unit) else "try again in a moment"
+            raise Unavailable(f"{unit_in_words(unit)} has no owner yet: {mend}")
         payload = encode_command(command, epoch=epoch, expires_ms=expires_ms)
         subject = self._subjects.command(owner, self._sender)
         answer = await self._link.request(subject, payload, timeout_s=timeout_s, alone=alone)

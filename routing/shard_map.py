@@ -10,8 +10,8 @@
 
 An actor that is moved by hand becomes a unit of its own, with a key of its own, until it is unpinned and at home again:
 
-    TAKE OUT   its own key            ->  (A, iA, f), f > e         the coordinator; nobody reads it before the next
-    SET APART  shard (A, iA, e, -)    ->  the same, x apart         the coordinator: from here on its own key counts
+    TAKE OUT   its own key            ->  (A, iA, f), f > e         the coordinator; nobody heeds it before the next
+    SET APART  shard (A, iA, e, -)    ->  the same, x apart at f    the coordinator: from here on its own key counts
     UNPIN      x (A, iA, k, *)        ->  the same, not pinned      the coordinator; PIN undoes it
     RETIRE     x (A, iA, k, -)        ->  (its shard, -, k+1)       A, when it owns the shard as well; serves x no more
     TAKE BACK  shard (A, iA, e, -)    ->  (A, iA, f), f > e, k+1    A: from here on the shard's key counts again
@@ -67,13 +67,22 @@ class Ownership:
     destination: str | None = None
     last: LastMove | None = None
     fence: int = 0
-    apart: tuple[str, ...] = ()  # of a shard: its actors that have a key of their own, in order
+    apart: tuple[tuple[str, int], ...] = ()  # of a shard: its actors whose own keys count, and when they were taken out
+    taken_out: int = 0  # of an actor: the epoch of TAKE OUT, which tells this time apart from all others
     pinned: bool = False  # of an actor with a key of its own: it stays where it is, wherever its shard goes
 
     @property
     def retired(self) -> bool:
         """Whether this key of an actor no longer counts, or is about to."""
         return self.owner == ITS_SHARD
+
+    def apart_at(self, actor: str) -> int | None:
+        """The epoch at which the actor was taken out of this shard; None while the shard's key says who owns it.
+
+        Its own key counts while it names the same epoch: otherwise it is from an earlier time, or from one that never
+        came to be, because nobody set the actor apart after TAKE OUT.
+        """
+        return dict(self.apart).get(actor)
 
     def outcome_of(self, move: str) -> Outcome | None:
         """How `move` ended as far as this value tells: None while it is locked or when it is not named."""
@@ -150,7 +159,7 @@ def take_out(shard: Ownership, actor: str, known: Ownership | None) -> Ownership
 
     `known` is what the key says now, read before the shard's was.
     """
-    if actor in shard.apart:
+    if shard.apart_at(actor) is not None:
         raise NotApplicable(f"{actor} has a key of its own already")
     if shard.move is not None:
         raise NotApplicable(f"its shard is locked by move {shard.move}: wait for it, or cancel its plan")
@@ -160,14 +169,17 @@ def take_out(shard: Ownership, actor: str, known: Ownership | None) -> Ownership
         raise NotApplicable(f"{APART_MOST} actors of its shard are pinned already: unpin one, or move the whole shard")
     epoch = max(shard.epoch, known.epoch if known is not None else 0) + 1
     return Ownership(
-        owner=shard.owner, incarnation=shard.incarnation, epoch=epoch, fence=epoch, pinned=True,
+        owner=shard.owner, incarnation=shard.incarnation, epoch=epoch, fence=epoch, taken_out=epoch, pinned=True,
         last=known.last if known is not None else None,
     )  # fmt: skip
 
 
-def set_apart(shard: Ownership, actor: str) -> Ownership:
-    """SET APART: from here on the actor's own key says who owns it. Same revision of the shard as for `take_out`."""
-    return replace(shard, apart=tuple(sorted((*shard.apart, actor))))
+def set_apart(shard: Ownership, actor: str, own: Ownership) -> Ownership:
+    """SET APART: from here on the actor's own key, which says `own` since TAKE OUT, tells who owns it.
+
+    The shard's key is to be at the same revision as for `take_out`.
+    """
+    return replace(shard, apart=tuple(sorted((*shard.apart, (actor, own.taken_out)))))
 
 
 def pin(current: Ownership, *, pinned: bool) -> Ownership:
@@ -192,12 +204,12 @@ def retire(current: Ownership, *, incarnation: str) -> Ownership:
 
 def take_back(shard: Ownership, actor: str, own: Ownership, *, incarnation: str) -> Ownership:
     """TAKE BACK: the shard owns an actor again whose own key, `own`, is retired. Only the shard's bound owner may."""
-    if not own.retired or actor not in shard.apart:
+    if shard.apart_at(actor) != own.taken_out or not own.retired:
         raise NotApplicable(f"{actor} is not waiting to be taken back")
     if shard.move is not None or shard.incarnation != incarnation:
         raise NotApplicable(f"its shard is moving, or not owned by {incarnation}")
     epoch = max(shard.epoch, own.epoch) + 1
-    return replace(shard, epoch=epoch, fence=epoch, apart=tuple(one for one in shard.apart if one != actor))
+    return replace(shard, epoch=epoch, fence=epoch, apart=tuple(one for one in shard.apart if one[0] != actor))
 
 
 def check(before: Ownership | None, after: Ownership) -> None:
@@ -206,12 +218,12 @@ def check(before: Ownership | None, after: Ownership) -> None:
         raise InvariantViolated(f"lock names {after.move!r} -> {after.destination!r}, owner {after.owner}")
     if before is None or after == before:
         return
-    if before.retired or set(after.apart) < set(before.apart):
+    if after.taken_out != before.taken_out or set(after.apart) < set(before.apart):
         if after.epoch <= before.epoch or after.fence != after.epoch:
-            raise InvariantViolated(
-                f"an actor changed keys in epoch {after.epoch} after {before.epoch} without a fence"
-            )
+            raise InvariantViolated(f"an actor changed keys in epoch {after.epoch} after {before.epoch}, not fenced")
         return
+    if before.retired:
+        raise InvariantViolated("a retired key changes only when its actor is taken out anew")
     if not set(before.apart) <= set(after.apart):
         raise InvariantViolated(f"{before.apart} are apart, then {after.apart}")
     if after.epoch < before.epoch or after.epoch > before.epoch + 1:

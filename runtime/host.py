@@ -164,7 +164,7 @@ class Host:
             case _:
                 assert_never(verdict)
         if view.apart and (unit := self.units.get(name)) is not None:
-            self._let_go(unit, view.apart)
+            self._let_go(unit, (actor for actor, _ in view.apart))
 
     def _let_go(self, unit: Unit, apart: Iterable[str]) -> None:
         """Give actors of a shard that have a key of their own now to the units that they are.
@@ -177,7 +177,8 @@ class Host:
                 continue
             own = self._start_opening(actor_key(live.actor_id))
             waiting, live.inbox = live.inbox or (), None
-            if not live.running and live.instance is not None and live.actor_id not in own.actors:
+            idle = not live.running and not live.dirty
+            if idle and live.instance is not None and live.actor_id not in own.actors:
                 live.unverified = True  # it is compared with its log before its next use, as after a move
                 own.actors[live.actor_id] = live
             for delivery in waiting:
@@ -217,6 +218,8 @@ class Host:
                     self._open(unit, entry.ownership)
                 else:
                     await self._directory.transition(unit.name, entry, change)
+                    if change.retired and (actor := actor_of_key(unit.name)) is not None:
+                        await self._return_to_shard(actor)
             except (TransientError, InDoubt, NotApplicable) as error:
                 log.warning("opening goes on", unit=unit.name, error=str(error))
                 await asyncio.sleep(OPEN_RETRY_S)
@@ -434,7 +437,9 @@ class Host:
         own, shard, unit = self._directory.get(name), self._directory.get(shard_name), self.units.get(shard_name)
         if own is None or shard is None or unit is None or unit.state is not UnitState.OPEN:
             return
-        if shard_map.may_retire(own.ownership, shard.ownership):
+        if not self._directory.counts(name):
+            await self._directory.refresh(name)
+        elif shard_map.may_retire(own.ownership, shard.ownership):
             held = self.units.get(name)
             if held is not None and held.state is UnitState.OPEN:
                 self._begin_anew(held, own.ownership)  # and whoever opens it writes RETIRE instead

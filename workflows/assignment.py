@@ -67,16 +67,17 @@ class Assignment:
             {unit: (entry, shard_map.failover(entry.ownership, to=heirs[unit])) for unit, entry in orphans.items()}
         )
         what = Counter("actor" if shard_of_key(unit) is None else "shard" for unit in orphans)
-        shards, actors = f"{what['shard']} shards", f" and {what['actor']} pinned actors" if what["actor"] else ""
+        counted = " and ".join(f"{what[noun]} {noun}s" for noun in ("shard", "actor") if what[noun])
         to = ", ".join(sorted(set(heirs.values())))
-        return f"node {', '.join(sorted(dead))} is gone: {shards}{actors} failed over to {to}"
+        return f"node {', '.join(sorted(dead))} is gone: {counted} failed over to {to}"
 
-    def strays(self) -> list[str]:
-        """Actors that are unpinned, and elsewhere than their shards, by their units' names."""
-        found = []
+    def strays(self, alive: Mapping[str, Member]) -> list[str]:
+        """Actors that have to go home and can: unpinned, or at a node that takes nothing. By their units' names."""
+        takers, found = {node.id for node in self.takers(alive)}, []
         for unit, entry in self._directory.apart().items():
-            home = self._directory.get(shard_key(self._shard_of(unit)))
-            if home is not None and not entry.ownership.pinned and entry.ownership.owner != home.ownership.owner:
+            home, own = self._directory.get(shard_key(self._shard_of(unit))), entry.ownership
+            stays = own.owner not in alive or (own.pinned and own.owner in takers)
+            if home is not None and home.ownership.owner in takers - {own.owner} and not stays:
                 found.append(unit)
         return found
 

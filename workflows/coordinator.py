@@ -227,8 +227,8 @@ class Coordinator:
             for plan in await self._reconciler.reconcile():
                 self._tell(f"plan {plan.id} ended: {plan.completed} of {plan.total} moves completed")
                 self._after_plan(plan.failed)
-        if self._changed_at_s is None and not self.admission.busy and self._assignment.strays():
-            self.plan_soon("unpinned actors go home")
+        if self._changed_at_s is None and not self.admission.busy and self._assignment.strays(self.membership.alive()):
+            self.plan_soon("actors go back to their shards")
         await self._plan_when_due()
         await self.admission.admit(self.membership.alive())
 

@@ -99,7 +99,9 @@ class Desk:
         shard = directory.get(directory.shard_unit_of(actor))
         if shard is None:
             raise Unavailable(f"the shard of {actor} has no owner yet: try again in a moment")
-        apart = own is not None and directory.counts(key)
+        apart = shard.ownership.apart_at(str(actor)) is not None
+        if apart and (own is None or not directory.counts(key)):
+            raise WrongSequence(f"{actor} has just been set apart")
         if apart and own is not None and own.ownership.retired:
             raise Unavailable(f"{actor} is just going back to its shard: try again in a moment")
         owner = own.ownership.owner if apart and own is not None else shard.ownership.owner
@@ -107,8 +109,10 @@ class Desk:
             raise NotApplicable(f"{actor} is at {destination} already: nothing to move")
         if own is None or not apart:
             value = shard_map.take_out(shard.ownership, str(actor), own.ownership if own is not None else None)
+            if own is not None:  # it was apart before: make sure that it is not now, whoever answered the reads
+                shard = await directory.transition(directory.shard_unit_of(actor), shard, shard.ownership)
             await directory.transition(key, own, value)
-            after = shard_map.set_apart(shard.ownership, str(actor))
+            after = shard_map.set_apart(shard.ownership, str(actor), value)
             await directory.transition(directory.shard_unit_of(actor), shard, after)
         elif not own.ownership.pinned:
             await directory.transition(key, own, shard_map.pin(own.ownership, pinned=True))
@@ -121,7 +125,7 @@ class Desk:
         actor, source, home = await self._decided(self._unpinned, asked.get("actor"))
         if source is None or home == source or home not in self._coordinator.takers():
             return {"plan": None}  # the node that has both takes it back, and the next plan brings it there
-        return await self._move(actor_key(actor), self._shard_of(actor), source, home, reason="unpinned")
+        return await self._move(actor_key(actor), self._shard_of(actor), source, home, reason="unpinned by hand")
 
     async def _unpinned(self, actor: ActorId) -> tuple[ActorId, str | None, str]:
         """Write that it is not pinned. Returns it, its owner (None: it is moving), and its shard's owner."""

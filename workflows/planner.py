@@ -84,9 +84,9 @@ def plan_rebalance(
         shard = shard_of(actor, shards_total)
         home = balanced.shard_map.get(shard)
         if home is not None and home != own.owner:
-            reason = f"node {source.id} drains" if source.draining else f"{actor} is unpinned"
-            moves.append(planned_move(unit, shard, own.owner, home, inventories, reason=reason))
-    moves.sort(key=lambda move: (not states[move.source].draining, move.shard))
+            why = f"node {source.id} drains" if source.draining else f"{actor} is unpinned"
+            moves.append(planned_move(unit, shard, own.owner, home, inventories, reason=why))
+    moves.sort(key=lambda move: (not states[move.source].draining, move.shard, move.unit))
     return RebalanceRequest(plan_id=plan_id, reason=reason, moves=tuple(moves))
 
 

@@ -10,7 +10,9 @@ import gc
 import sys
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from routing.errors import InvariantViolated
 from tests.model.invariants import at_rest, broken_promise
@@ -32,23 +34,54 @@ class Exploration:
     elapsed_s: float
 
 
-def explore(world: World, *, states_most: int = STATES_MOST) -> Exploration:
+class Explorable(Protocol):
+    """What can be explored: states that hash by value, and their steps (what, whether it needs a fault, the state)."""
+
+    def first(self) -> Any: ...
+
+    def steps(self, state: Any) -> Iterable[tuple[str, bool, Any]]: ...
+
+    def broken(self, state: Any) -> str: ...
+
+    def at_rest(self, state: Any) -> bool: ...
+
+
+class _OneKey:
+    """The large model: one actor in one unit."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def first(self) -> State:
+        return first_state(self._world.scope)
+
+    def steps(self, state: State) -> Iterable[tuple[str, bool, State]]:
+        return steps(self._world, state)
+
+    def broken(self, state: State) -> str:
+        return broken_promise(self._world, state)
+
+    def at_rest(self, state: State) -> bool:
+        return at_rest(self._world, state)
+
+
+def explore(world: World | Explorable, *, states_most: int = STATES_MOST) -> Exploration:
     """Explore a world to its end, or to the first violation."""
     collecting = gc.isenabled()
     gc.disable()  # nothing here is a cycle, and looking for some would take most of the time
     try:
-        return _Explorer(world, states_most).run()
+        return _Explorer(_OneKey(world) if isinstance(world, World) else world, states_most).run()
     finally:
         if collecting:
             gc.enable()
 
 
 class _Explorer:
-    def __init__(self, world: World, states_most: int) -> None:
-        start = first_state(world.scope)
+    def __init__(self, world: Explorable, states_most: int) -> None:
+        start = world.first()
         self._world, self._states_most = world, states_most
-        self._numbers: dict[State, int] = {start: 0}
-        self._states: list[State | None] = [start]
+        self._numbers: dict[Any, int] = {start: 0}
+        self._states: list[Any] = [start]
         self._parents, self._labels = array("i", [-1]), ["at first"]
         self._sources, self._targets = array("i"), array("i")  # of the steps that need no fault
         self._resting: list[int] = []
@@ -61,7 +94,7 @@ class _Explorer:
         while number < len(states):
             state = states[number]
             assert state is not None
-            violation = broken_promise(world, state)
+            violation = world.broken(state)
             if not violation:
                 try:
                     self._expand(number, state)
@@ -76,11 +109,11 @@ class _Explorer:
         stuck = self._stuck()
         return self._found("stuck: nothing but a fault leads on from here", stuck) if stuck >= 0 else self._found("", 0)
 
-    def _expand(self, number: int, state: State) -> None:
+    def _expand(self, number: int, state: Any) -> None:
         numbers, states = self._numbers, self._states
-        if at_rest(self._world, state):
+        if self._world.at_rest(state):
             self._resting.append(number)
-        for what, lucky, after in steps(self._world, state):
+        for what, lucky, after in self._world.steps(state):
             self._steps += 1
             target = numbers.get(after)
             if target is None:

@@ -9,10 +9,11 @@ import pytest
 
 from runtime import rules
 from runtime.rules import Admission, Standing, Verdict
+from tests.model import key_runs
 from tests.model.decisions import replaced
 from tests.model.explorer import explore
-from tests.model.mutants import MUTANTS, Mutant
-from tests.model.runs import run
+from tests.model.mutants import MUTANTS
+from tests.model.runs import MUTATIONS, VARIANTS, VARIANTS_OF_KEYS, run
 from tests.model.scopes import ONE, TWO_SESSIONS, scope
 from tests.model.variants import COMPLETE, QUICK
 from tests.model.world import Without, World
@@ -20,7 +21,7 @@ from workflows import settlement
 from workflows.settlement import Settlement
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *key_runs.QUICK])
 def test_the_protocol_keeps_its_promises_and_is_never_stuck(name: str) -> None:
     """In every state that faults, delays, duplicates and reordering can lead to, safety holds and a way out exists."""
     found = run(name)
@@ -28,11 +29,10 @@ def test_the_protocol_keeps_its_promises_and_is_never_stuck(name: str) -> None:
     assert not found.violation, f"{found.violation}: " + "; ".join(found.trace)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_protocol_without_one_of_its_rules_is_found_to_fail(mutant: Mutant) -> None:
+@pytest.mark.parametrize("name", MUTATIONS, ids=lambda name: name.partition(":")[0])
+def test_a_protocol_without_one_of_its_rules_is_found_to_fail(name: str) -> None:
     """Otherwise the rule would be needless, or the model blind."""
-    with replaced(mutant.replaces):
-        found = explore(World(scope=mutant.scope, without=mutant.without))
+    found = run(name)
 
     assert found.violation
     assert found.trace
@@ -68,6 +68,6 @@ def test_every_verdict_of_every_rule_occurs() -> None:
 
 
 def test_scopes_and_mutants_have_names_of_their_own() -> None:
-    assert not QUICK.keys() & COMPLETE.keys()
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    assert len(VARIANTS | VARIANTS_OF_KEYS) == sum(map(len, (QUICK, COMPLETE, key_runs.QUICK, key_runs.COMPLETE)))
+    assert len({name.partition(":")[0] for name in MUTATIONS}) == len(MUTATIONS) == len(MUTANTS) + len(key_runs.MUTANTS)
     assert {f"T{number}" for number in range(1, 16)} | {"S1", "S2", "S3"} <= {mutant.name for mutant in MUTANTS}

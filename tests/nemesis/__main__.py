@@ -53,21 +53,28 @@ def _one_of(option: str, kind: type[E], what: str) -> Callable[[F], F]:
 @click.option("--random", "count", type=click.IntRange(1), help="Random cases instead of directed ones: how many.")
 @click.option("--seed", type=int, help="Of the random cases; one by the clock when left out.")
 @click.option("--first", type=click.IntRange(0), default=0, help="The number of the first random case.")
+@click.option("--alone", is_flag=True, help="Directed cases in which one actor is moved instead of its shard.")
 @click.option("--r3", is_flag=True, help="Three NATS servers, three replicas: one dies during a rebalance.")
 @click.option("--forgetful", is_flag=True, help="Redis without a file: killed at each point, it comes back empty.")
 @click.option(
-    "--all", "everything", is_flag=True, help=f"The directed cases, {RANDOM_CASES} random ones, --forgetful and --r3."
+    "--all",
+    "everything",
+    is_flag=True,
+    help=f"The directed cases, those --alone that kill, {RANDOM_CASES} random ones, --forgetful, --r3.",
 )
 @click.option("--keep", is_flag=True, help="Keep the logs though nothing was found.")
 def main(
     party: tuple[str, ...], point: tuple[str, ...], fault: tuple[str, ...], count: int | None, seed: int | None,
-    first: int, r3: bool, forgetful: bool, everything: bool, keep: bool,
+    first: int, alone: bool, r3: bool, forgetful: bool, everything: bool, keep: bool,
 ) -> None:  # fmt: skip
     # Our own connections are cut as well; that is no news.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     cases: list[Case] = []
     if everything or not (r3 or forgetful or count):
-        cases += directed(points=_chosen(Point, point), parties=_chosen(Party, party), faults=_chosen(Fault, fault))
+        chosen = _chosen(Point, point), _chosen(Party, party), _chosen(Fault, fault)
+        cases += directed(points=chosen[0], parties=chosen[1], faults=chosen[2], alone=alone)
+    if everything:
+        cases += directed(faults=(Fault.KILL,), alone=True)
     if everything or count:
         cases += by_chance(seed if seed is not None else int(time.time()), first=first, count=count or RANDOM_CASES)
     folder, tally = Path(tempfile.mkdtemp(prefix="ferry-nemesis-")), Tally()

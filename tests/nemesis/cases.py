@@ -4,7 +4,8 @@
     a fault hits a party .... 6
     and is one of ........... 3    = 144 directed cases
 
-Random cases choose among all the points there are, how long a fault lasts, and sometimes strike two parties at once.
+These move a shard; the 48 that kill are there for the move of one actor as well. Random cases choose among all the
+points there are, how long a fault lasts, and sometimes strike two parties at once.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ _HOLD_S: Mapping[tuple[Party, Fault], float] = {
     (Party.NATS, Fault.STOP): 2.5,  # longer than an append waits: its fate is unknown, and it lands late
     (Party.REDIS, Fault.STOP): 2.5,
 }
+ALONE = 0.3  # of the random cases
 _KILLED_FOR_S = 0.5  # before it is started again, as a supervisor would
 
 
@@ -120,27 +122,32 @@ class Strike:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """At `marker`, all `strikes` at once. `again` are the command line options that repeat it."""
+    """At `marker`, all `strikes` at once. `again` are the command line options that repeat it.
+
+    `alone`: one actor is moved instead of its shard, and let go back to it when everything has come to rest.
+    """
 
     name: str
     marker: Marker
     strikes: tuple[Strike, ...]
     again: str
+    alone: bool = False
 
 
 def directed(
     *, points: tuple[Point, ...] = tuple(Point), parties: tuple[Party, ...] = tuple(Party),
-    faults: tuple[Fault, ...] = tuple(Fault),
+    faults: tuple[Fault, ...] = tuple(Fault), alone: bool = False,
 ) -> Iterator[Case]:  # fmt: skip
     """Every combination, in an order that visits all parties before the same one again."""
+    moved, option = (", of one actor", " --alone") if alone else ("", "")
     for fault in faults:
         for point in points:
             for party in parties:
                 marker = (WORKER_MARKERS if party is Party.WORKER else MARKERS)[point]
                 hold_s = _HOLD_S.get((party, fault), _KILLED_FOR_S)
                 yield Case(
-                    name=f"{fault} {party} at {point}", marker=marker, strikes=(Strike(party, fault, hold_s),),
-                    again=f"--party {party} --point {point} --fault {fault}",
+                    name=f"{fault} {party} at {point}{moved}", marker=marker, strikes=(Strike(party, fault, hold_s),),
+                    again=f"--party {party} --point {point} --fault {fault}{option}", alone=alone,
                 )  # fmt: skip
 
 
@@ -151,9 +158,11 @@ def by_chance(seed: int, *, first: int, count: int) -> Iterator[Case]:
         marker = chance.choice(_ALL_MARKERS)
         parties = chance.sample(tuple(Party), k=chance.choice((1, 1, 2)))
         strikes = tuple(_strike(chance, party) for party in parties)
+        alone = chance.random() < ALONE
+        moved = ", of one actor" if alone else ""
         yield Case(
-            name=f"random {seed}/{number}: {' and '.join(map(str, strikes))} at {marker.party} {marker.name}",
-            marker=marker, strikes=strikes, again=f"--random 1 --seed {seed} --first {number}",
+            name=f"random {seed}/{number}: {' and '.join(map(str, strikes))} at {marker.party} {marker.name}{moved}",
+            marker=marker, strikes=strikes, again=f"--random 1 --seed {seed} --first {number}", alone=alone,
         )  # fmt: skip
 
 

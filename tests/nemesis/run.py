@@ -12,11 +12,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from routing.address import ActorId
-from routing.errors import FerryError
+from routing.errors import FerryError, NotApplicable
 from tests.checker.check import violations
 from tests.checker.history import Evidence, Operation, RecordEnd
 from tests.nemesis.cases import Case, Fault, Marker, Party, Strike
@@ -72,6 +73,7 @@ class _Scene:
     shard: int
     source: str
     destination: str
+    actor: ActorId | None = None  # that is moved alone
     move: Move | None = None
 
 
@@ -96,6 +98,7 @@ class Nemesis:
             *actors_of(scene.shard, shards=SHARDS, run=run, count=4),
             *actors_of(self._another(scene), shards=SHARDS, run=run, count=1),
         ]
+        scene.actor = actors[0] if case.alone else None
         found: list[str] = []
         ended = "never marked"
         async with LogWatch(self._view, actors) as log, Load(self._view.clients, actors, run=run) as load:
@@ -109,6 +112,9 @@ class Nemesis:
                 self._disarm()
                 self._fleet.wake_all()  # whoever came to stand at the marker when nobody looked any more
             left = await self.rest(REST_S)
+            if scene.actor is not None and not left:
+                await self._let_go_back(scene.actor)
+                left = await self.rest(REST_S)
             try:
                 await load.finish(within_s=REST_S)
             except TimeoutError:
@@ -165,7 +171,11 @@ class Nemesis:
 
     def _look_where(self, scene: _Scene) -> None:
         """A move that went through without being marked has swapped the parties of the next."""
-        if scene.shard in self._view.shards_of(scene.destination):
+        if scene.actor is not None:
+            there = self._view.session.directory.get_actor_node(scene.actor) == scene.destination
+        else:
+            there = scene.shard in self._view.shards_of(scene.destination)
+        if there:
             scene.source, scene.destination = scene.destination, scene.source
 
     def _standing(self, candidates: Sequence[str]) -> str | None:
@@ -181,11 +191,22 @@ class Nemesis:
         session = self._view.session
 
         async def planned() -> Move | None:
-            asked = {"shard": scene.shard, "destination": scene.destination}
+            what = {"shard": scene.shard} if scene.actor is None else {"actor": str(scene.actor)}
+            asked = {**what, "destination": scene.destination}
             plan = (await session.ask_leader("migrate", asked))["plan"]
             return next(iter(await session.store.moves(plan_id=plan["id"])), None)
 
         scene.move = await self._view.until(planned, "the leader to take the move", within_s=REACH_S)
+
+    async def _let_go_back(self, actor: ActorId) -> None:
+        """Unpin it, if it ever came to be pinned; `rest` then waits until it is back in its shard."""
+
+        async def unpinned() -> bool:
+            with suppress(NotApplicable):
+                await self._view.session.ask_leader("unpin", {"actor": str(actor)})
+            return True
+
+        await self._view.until(unpinned, "the leader to unpin", within_s=REACH_S)
 
     def _disarm(self) -> None:
         for name in (*(f"node-{node}" for node in self._fleet.nodes), *WORKERS):

@@ -24,8 +24,11 @@ CASES = [
 ]
 
 
-def _case(party: Party, point: Point, fault: Fault) -> Case:
-    [case] = directed(points=(point,), parties=(party,), faults=(fault,))
+ALONE = [(Party.SOURCE, Point.BEFORE_COMMIT, Fault.KILL), (Party.DESTINATION, Point.AFTER_COMMIT, Fault.KILL)]
+
+
+def _case(party: Party, point: Point, fault: Fault, *, alone: bool = False) -> Case:
+    [case] = directed(points=(point,), parties=(party,), faults=(fault,), alone=alone)
     return case
 
 
@@ -40,7 +43,10 @@ async def nemesis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nem
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("case", [_case(*chosen) for chosen in CASES], ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case", [*(_case(*chosen) for chosen in CASES), *(_case(*chosen, alone=True) for chosen in ALONE)],
+    ids=lambda case: case.name.replace(", ", "-").replace(" ", "-"),
+)  # fmt: skip
 async def test_every_promise_is_kept_when_a_party_fails_in_the_middle_of_a_move(nemesis: Nemesis, case: Case) -> None:
     """Nothing acknowledged is lost, nothing is applied twice, everything comes to rest, and every record says how."""
     # when a move is under way, and the fault strikes exactly at its point

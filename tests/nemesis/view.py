@@ -15,7 +15,7 @@ from routing.directory import MapEntry
 from routing.errors import FerryError
 from routing.link import Entry, Subscription
 from routing.settings import Settings
-from routing.subjects import shard_key
+from routing.subjects import actor_key, shard_key
 from runtime.journal import decode_record
 from tests.checker.history import RecordEnd
 from workflows.records import TERMINAL, Move
@@ -109,17 +109,20 @@ class View:
         session = self.session
         members = session.membership.alive()
         found = [f"node {node} is not there" for node in nodes if node not in members]
-        for shard in range(session.shards_total):
-            entry = await session.directory.refresh(shard_key(shard))
+        shards = [shard_key(shard) for shard in range(session.shards_total)]
+        for unit in (*shards, *map(actor_key, session.directory.actors_apart())):
+            entry = await session.directory.refresh(unit)
             if entry is None:
-                found.append(f"shard/{shard} has no owner")
+                found.append(f"{unit} has no owner")
                 continue
             view = entry.ownership
             owner = members.get(view.owner)
             if view.move is not None:
-                found.append(f"shard/{shard} is locked by move {view.move}")
-            if owner is None or owner.incarnation != view.incarnation:
-                found.append(f"shard/{shard} belongs to {view.owner} in a life ({view.incarnation}) that is over")
+                found.append(f"{unit} is locked by move {view.move}")
+            if unit not in shards and not view.pinned:
+                found.append(f"{unit} is not back in its shard")
+            elif owner is None or owner.incarnation != view.incarnation:
+                found.append(f"{unit} belongs to {view.owner} in a life ({view.incarnation}) that is over")
         return found
 
     async def _left_at_nodes(self, nodes: Sequence[str]) -> list[str]:

@@ -108,9 +108,9 @@ class Chronicle:
         self.map[unit] = after
         if before is not None and after.owner != before.owner:
             own = {actor for actor in self.logs if unit == actor_key(ActorId.parse(actor))}
-            self._begin(own or {actor for actor, log in self.logs.items() if log.unit == unit} - {*after.apart})
+            self._begin(own or {actor for actor, log in self.logs.items() if log.unit == unit} - {*dict(after.apart)})
         elif before is not None and before.apart != after.apart:
-            self._begin({*before.apart} ^ {*after.apart})
+            self._begin({*dict(before.apart)} ^ {*dict(after.apart)})
         if after.move is not None:
             self.locked[after.move] = None
         if after.last is not None:

@@ -346,7 +346,6 @@ def _p4() -> list[Patch]:
     return [mock.patch.object(Host, "_let_go", return_value=None)]
 
 
-
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="T1", seed=677, rule="after FAILOVER and BOOT an actor is claimed first", patches=_t1, profile=_NODES_FAIL
@@ -451,7 +450,18 @@ MUTANTS: tuple[Mutant, ...] = (
         name="P1",
         rule="an actor's own key begins above its shard's, fenced",
         patches=_p1,
-        profile=replace(_PINS, slow_handlers=0.9, fault_every_s=float("inf"), late=0.0, move_every_s=0.05),
+        profile=replace(
+            _PINS,
+            actors=1,
+            senders=5,
+            commands=40,
+            pins=0.95,
+            slow_handlers=0.8,
+            fault_every_s=float("inf"),
+            late=0.0,
+            move_every_s=0.05,
+            sessions=0.0,
+        ),
     ),
     Mutant(name="P2", rule="a shard takes an actor back above both keys, fenced", patches=_p2, profile=_PINS),
     Mutant(name="P3", rule="an actor's own key counts only while its shard says so", patches=_p3, profile=_PINS),

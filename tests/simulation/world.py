@@ -234,7 +234,7 @@ class World:
         if actor is None:
             return True
         shard = self.chronicle.map[shard_key(shard_of(actor, self.profile.shards))]
-        return str(actor) in shard.apart
+        return shard.apart_at(str(actor)) == self.chronicle.map[unit].taken_out
 
     def _serving(self) -> bool:
         owned = self.chronicle.map

@@ -1,13 +1,18 @@
-"""Who may receive shards: nodes that have the actor classes which the nodes with shards have."""
+"""Who may receive shards, and what is failed over to whom: shards, and actors with a key of their own."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any, cast
 
+from routing.address import ActorId
 from routing.directory import Directory
 from routing.membership import Member, NodeState
 from routing.placement import ConsistentHashPlacement
+from routing.shard_map import Ownership, assign, bind, commit, failover, lock, pin, retire, set_apart, take_out
+from routing.subjects import actor_key
+from tests.unit.cluster import SmallCluster, cluster
+from tests.unit.virtual_time import virtually
 from workflows.assignment import Assignment
 
 
@@ -49,3 +54,137 @@ def test_before_anybody_owns_anything_every_node_that_is_up_may_receive() -> Non
 def test_owners_that_are_gone_do_not_count() -> None:
     """Failover goes to whoever is left."""
     assert takers("x", member("a", "cart")) == {"a"}
+
+
+# -- actors with a key of their own ------------------------------------------------------------------------------------
+async def owned(small: SmallCluster, owners: str) -> Assignment:
+    """A map in which every shard is bound to the node of that letter, and who reads and writes it."""
+    for number, owner in enumerate(owners):
+        entry = await small.directory.transition(f"shard.{number}", None, assign(owner))
+        bound = bind(entry.ownership, node=owner, incarnation=f"{owner}1")
+        await small.directory.transition(f"shard.{number}", entry, bound)
+    return Assignment(small.directory, ConsistentHashPlacement())
+
+
+async def taken_out(small: SmallCluster, shard: int, *, to: str, pinned: bool = True) -> str:
+    """Give an actor of a shard a key of its own and move it to `to`; returns its unit's name."""
+    actor = ActorId("ledger", small.keys_of_shards()[shard])
+    unit, home = actor_key(actor), small.directory.get(f"shard.{shard}")
+    assert home is not None
+    own = await small.directory.transition(unit, None, take_out(home.ownership, str(actor), None))
+    await small.directory.transition(f"shard.{shard}", home, set_apart(home.ownership, str(actor), own.ownership))
+    if to != home.ownership.owner:
+        await small.directory.decide(unit, lambda view: lock(view, move="m", destination=to))
+        source = str(own.ownership.incarnation)
+        await small.directory.decide(unit, lambda view: commit(view, move="m", incarnation=source, heir=f"{to}1"))
+    if not pinned:
+        await small.directory.decide(unit, lambda view: pin(view, pinned=False))
+    return unit
+
+
+def alive(*nodes: str) -> dict[str, Member]:
+    return {node: member(node, "ledger") for node in nodes}
+
+
+@virtually
+async def test_the_pinned_actor_of_a_dead_node_goes_where_its_shard_is() -> None:
+    """Its pin ended with the node it was for: it stays pinned, and where it can be served from its log."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "abab")
+        units = [await taken_out(small, shard, to="c") for shard in (0, 1)]
+
+        said = await assignment.fail_over(alive("a", "b"))
+
+        assert [(await small.map(unit)).owner for unit in units] == ["a", "b"]
+        for unit in units:
+            view: Ownership = await small.map(unit)
+            assert (view.pinned, view.incarnation, view.fence) == (True, None, view.epoch)
+        assert [(await small.map(f"shard.{n}")).epoch for n in range(4)] == [1] * 4
+        assert said is not None
+        assert "2 actors failed over" in said
+        assert await assignment.fail_over(alive("a", "b")) is None
+
+
+@virtually
+async def test_the_pinned_actor_of_a_dead_node_goes_with_its_shard_when_that_dies_too() -> None:
+    """Both are given to the same node at once; one that is pinned to a living node stays there."""
+    async with cluster(shards=6) as small:
+        assignment = await owned(small, "aaabbc")
+        here = [await taken_out(small, shard, to="a") for shard in range(3)]
+        elsewhere = await taken_out(small, 3, to="c")
+
+        await assignment.fail_over(alive("b", "c"))
+
+        homes = [(await small.map(f"shard.{shard}")).owner for shard in range(3)]
+        assert [(await small.map(unit)).owner for unit in here] == homes
+        assert {*homes} <= {"b", "c"}
+        assert (await small.map(elsewhere)).owner == "c"
+        assert (await small.map("shard.0")).apart_at(f"ledger/{small.keys_of_shards()[0]}") is not None
+
+
+@virtually
+async def test_an_actor_that_waits_to_be_taken_back_is_left_alone() -> None:
+    """Whoever gets its shard takes it back; its key names nobody who could be dead."""
+    async with cluster(shards=2) as small:
+        assignment = await owned(small, "ab")
+        unit = await taken_out(small, 0, to="a", pinned=False)
+        before = await small.directory.decide(unit, lambda view: retire(view, incarnation="a1"))
+
+        said = await assignment.fail_over(alive("b"))
+
+        assert await small.directory.refresh(unit) == before
+        assert (await small.map("shard.0")).owner == "b"
+        assert said is not None
+        assert "actor" not in said
+        assert assignment.strays(alive("b")) == []
+
+
+@virtually
+async def test_a_key_that_no_shard_names_is_not_failed_over() -> None:
+    """TAKE OUT was written and SET APART never: the actor is its shard's."""
+    async with cluster(shards=2) as small:
+        assignment = await owned(small, "ab")
+        actor = ActorId("ledger", small.keys_of_shards()[0])
+        home = await small.map("shard.0")
+        before = await small.directory.transition(actor_key(actor), None, take_out(home, str(actor), None))
+        await small.directory.decide("shard.0", lambda view: failover(view, to="b"))
+
+        assert await assignment.fail_over(alive("b")) is None
+        assert await small.directory.refresh(actor_key(actor)) == before
+
+
+@virtually
+async def test_strays_are_unpinned_and_elsewhere_than_their_shards() -> None:
+    """The pinned are where they are to be; those at home are taken back without a plan."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "aaaa")
+        stray = await taken_out(small, 0, to="b", pinned=False)
+        await taken_out(small, 1, to="a", pinned=False)
+        await taken_out(small, 2, to="b")
+
+        assert assignment.strays(alive("a", "b")) == [stray]
+        assert assignment.strays(alive("a")) == []  # a dead node's is failed over
+
+
+@virtually
+async def test_pinned_actors_are_strays_at_a_node_that_takes_nothing() -> None:
+    """They would keep it from draining; and nobody is sent to a node that takes nothing either."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "aaab")
+        pinned = await taken_out(small, 0, to="b")
+        loose = await taken_out(small, 3, to="a", pinned=False)
+        members = {"a": member("a", "ledger"), "b": member("b", "ledger", state=NodeState.DRAINING)}
+
+        assert assignment.strays(members) == [pinned]
+        assert assignment.strays(alive("a", "b")) == [loose]
+
+
+@virtually
+async def test_actors_apart_do_not_decide_which_nodes_may_receive_shards() -> None:
+    """Takers have the classes of the nodes with shards: a node with one pinned actor alone is no measure."""
+    async with cluster(shards=2) as small:
+        assignment = await owned(small, "aa")
+        await taken_out(small, 0, to="c")
+        members = {"a": member("a", "cart", "ledger"), "b": member("b", "cart", "ledger"), "c": member("c", "ledger")}
+
+        assert {node.id for node in assignment.takers(members)} == {"a", "b"}

@@ -9,14 +9,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.address import ActorId
+from routing.address import ActorId, shard_of
 from routing.birth import found_or_join
 from routing.directory import CAS_ATTEMPTS, Directory, MapEntry
 from routing.documents import decode_ownership, encode_ownership
 from routing.errors import InDoubt, InvalidInput, InvariantViolated, NotApplicable, TransientError, WrongSequence
 from routing.settings import Settings
-from routing.shard_map import LastMove, Outcome, Ownership, abort, assign, bind, failover, lock
-from routing.subjects import kv_subject
+from routing.shard_map import (
+    ITS_SHARD,
+    LastMove,
+    Outcome,
+    Ownership,
+    abort,
+    assign,
+    bind,
+    failover,
+    lock,
+    pin,
+    retire,
+    set_apart,
+    take_back,
+    take_out,
+)
+from routing.subjects import actor_key, kv_subject
 from runtime.testing import Fault, Kind, MemoryLink, MemoryNats
 from tests.unit.virtual_time import clock, until, virtually
 
@@ -31,7 +46,17 @@ OWNERSHIPS = st.builds(
     epoch=st.integers(100, 2**53),
     last=st.none() | st.builds(LastMove, move=NAMES, outcome=st.sampled_from(list(Outcome)), epoch=st.integers(1, 100)),
     fence=st.integers(0, 100),
+    apart=st.dictionaries(
+        st.builds(ActorId, st.sampled_from("tu"), NAMES).map(str), st.integers(1, 2**53), max_size=3
+    ).map(lambda apart: tuple(sorted(apart.items()))),
+    taken_out=st.integers(0, 100),
+    pinned=st.booleans(),
 )
+X, MATE, STRANGER = (
+    next(ActorId("t", key) for key in map(str, range(start, 1000)) if shard_of(ActorId("t", key), 2) == shard)
+    for start, shard in ((0, 0), (500, 0), (0, 1))
+)
+OWN = actor_key(X)
 
 
 class Map:
@@ -61,6 +86,27 @@ class Map:
 async def bound(directory: Directory, node: str = "a") -> MapEntry:
     first = await directory.transition(UNIT, None, assign(node))
     return await directory.transition(UNIT, first, bind(first.ownership, node=node, incarnation=f"{node}-1"))
+
+
+async def apart(directory: Directory) -> tuple[MapEntry, MapEntry]:
+    """X with a key of its own, as `ferry migrate` writes it; returns its entry and its shard's."""
+    shard = directory.get(UNIT) or await bound(directory)
+    known = directory.get(OWN)
+    own = await directory.transition(
+        OWN, known, take_out(shard.ownership, str(X), known.ownership if known is not None else None)
+    )
+    return own, await directory.transition(UNIT, shard, set_apart(shard.ownership, str(X), own.ownership))
+
+
+async def retired(directory: Directory) -> MapEntry:
+    """X's own key as it is once X has been unpinned at home, and before its shard has it back."""
+    await directory.decide(OWN, lambda view: pin(view, pinned=False))
+    return await directory.decide(OWN, lambda view: retire(view, incarnation="a-1"))
+
+
+async def taken_back(directory: Directory, own: MapEntry) -> MapEntry:
+    """The shard's key, which owns X again."""
+    return await directory.decide(UNIT, lambda view: take_back(view, str(X), own.ownership, incarnation="a-1"))
 
 
 @virtually
@@ -377,6 +423,248 @@ async def test_an_actor_is_found_through_its_unit() -> None:
     await bound(directory, "b")
 
     assert directory.get_actor_node(actor) == "b"
+
+
+# -- actors with a key of their own ------------------------------------------------------------------------------------
+@virtually
+async def test_an_actors_unit_is_its_own_while_its_shard_names_it_apart() -> None:
+    """Its own key alone changes nothing, and neither does its end: the value of its shard decides, for X alone."""
+    directory = await Map().view()
+    await bound(directory)
+    shard = directory.get(UNIT)
+    assert shard is not None
+
+    own = await directory.transition(OWN, None, take_out(shard.ownership, str(X), None))
+    assert (directory.unit_of(X), directory.counts(OWN)) == (UNIT, False)
+
+    await directory.transition(UNIT, shard, set_apart(shard.ownership, str(X), own.ownership))
+    assert (directory.unit_of(X), directory.counts(OWN)) == (OWN, True)
+    assert (directory.unit_of(MATE), directory.counts(actor_key(MATE))) == (UNIT, False)
+    assert (directory.shard_unit_of(X), directory.counts(UNIT)) == (UNIT, True)
+    assert directory.get(OWN) == own
+
+    await taken_back(directory, await retired(directory))
+    assert (directory.unit_of(X), directory.counts(OWN)) == (UNIT, False)
+
+
+@virtually
+async def test_only_a_key_that_counts_is_among_the_entries() -> None:
+    """Who plans or fails over sees shards and actors apart, each where the map says who owns it."""
+    directory = await Map().view()
+    await bound(directory)
+    own, shard = await apart(directory)
+    await directory.transition(actor_key(MATE), None, take_out(shard.ownership, str(MATE), None))
+
+    assert directory.shards() == {UNIT: shard}
+    assert directory.apart() == {OWN: own}
+    assert directory.entries() == {UNIT: shard, OWN: own}
+    assert directory.actors_apart() == [X]
+
+    waiting = await retired(directory)
+    assert directory.entries() == {UNIT: shard}
+    assert directory.actors_apart() == [X]
+    assert directory.get(OWN) == waiting
+
+    back = await taken_back(directory, waiting)
+    assert directory.entries() == {UNIT: back}
+    assert directory.actors_apart() == []
+
+
+@virtually
+async def test_an_actor_that_waits_to_be_taken_back_has_no_owner() -> None:
+    """Nobody may answer for it; the epoch is told, so that nobody goes back to an older answer."""
+    directory = await Map().view()
+    assert directory.owner_of(OWN) == (None, 0)
+    own, _ = await apart(directory)
+    assert (directory.owner_of(OWN), directory.get_actor_node(X)) == (("a", own.ownership.epoch), "a")
+
+    waiting = await retired(directory)
+    assert directory.owner_of(OWN) == (None, waiting.ownership.epoch)
+    assert (directory.get_actor_node(X), directory.get_actor_node(MATE)) == (None, "a")
+
+    back = await taken_back(directory, waiting)
+    assert directory.get_actor_node(X) == "a"
+    assert directory.owner_of(directory.unit_of(X)) == ("a", back.ownership.epoch)
+
+
+@virtually
+async def test_an_observer_is_told_of_an_actors_key_again_when_that_begins_or_ends_to_count() -> None:
+    """Its value is the same and means something else: whoever serves the actor has to look at it once more."""
+    the_map = Map()
+    one, other = await the_map.view(), await the_map.view()
+    shard = await bound(one)
+    await until(lambda: other.get(UNIT) == shard)
+    told: list[tuple[str, int, bool]] = []
+    other.on_change(lambda unit, entry: told.append((unit, entry.ownership.epoch, other.counts(OWN))))
+
+    await apart(one)
+    await asyncio.sleep(1)
+    assert told == [(OWN, 2, False), (UNIT, 1, True), (OWN, 2, True)]
+    told.clear()
+
+    await taken_back(one, await retired(one))
+    await asyncio.sleep(1)
+    assert told == [(OWN, 2, True), (OWN, 3, True), (UNIT, 4, False), (OWN, 3, False)]
+    told.clear()
+
+    await one.decide(UNIT, lambda view: failover(view, to="b"))
+    await asyncio.sleep(1)
+    assert told == [(UNIT, 5, False)]
+
+
+@virtually
+async def test_a_shard_may_name_an_actor_before_that_actors_key_is_known() -> None:
+    """A view that reads keys one at a time sees them in any order; until it knows more, the actor has no owner."""
+    the_map = Map()
+    one, other = await the_map.view(), await the_map.view()
+    await bound(one)
+    await other.stop()
+    own, shard = await apart(one)
+
+    await other.locate(MATE)  # which reads its shard's key alone
+    assert (other.unit_of(X), other.owner_of(OWN), other.get_actor_node(X)) == (OWN, (None, 0), None)
+    assert (other.entries(), other.actors_apart()) == ({UNIT: shard}, [X])
+
+    assert await other.refresh(OWN) == own
+    assert other.entries() == {UNIT: shard, OWN: own}
+
+
+@virtually
+async def test_refreshing_an_actors_key_reads_its_shards_too() -> None:
+    """Whether it counts stands there; it is read after the key itself, which `take_out` relies on."""
+    the_map = Map()
+    one, other = await the_map.view(), await the_map.view()
+    await bound(one)
+    await other.stop()
+    own, shard = await apart(one)
+    told: list[str] = []
+    other.on_change(lambda unit, _entry: told.append(unit))
+
+    assert await other.refresh(OWN) == own
+
+    assert (other.get(UNIT), other.counts(OWN)) == (shard, True)
+    assert told == [OWN, UNIT, OWN]
+
+
+@virtually
+async def test_an_actor_is_located_by_the_key_that_counts() -> None:
+    """Read from the leader, however little this view has heard."""
+    the_map = Map()
+    one, other = await the_map.view(), await the_map.view()
+    await other.stop()
+    assert await other.locate(X) == (UNIT, None)
+
+    shard = await bound(one)
+    assert await other.locate(X) == (UNIT, shard)
+
+    own, _ = await apart(one)
+    assert await other.locate(X) == (OWN, own)
+    unit, entry = await other.locate(MATE)
+    assert (unit, entry is not None and entry.ownership.owner) == (UNIT, "a")
+
+    back = await taken_back(one, await retired(one))
+    assert await other.locate(X) == (UNIT, back)
+
+
+@virtually
+async def test_an_actor_can_be_taken_out_again_and_again() -> None:
+    """Each time above all that was; every view ends with the same units."""
+    the_map = Map()
+    one, other = await the_map.view(), await the_map.view()
+    epochs = []
+    for _ in range(3):
+        own, _ = await apart(one)
+        back = await taken_back(one, await retired(one))
+        epochs += [own.ownership.epoch, back.ownership.epoch]
+
+    assert epochs == sorted(set(epochs))
+    await until(lambda: other.get(UNIT) == one.get(UNIT) and other.get(OWN) == one.get(OWN))
+    assert other.unit_of(X) == UNIT
+
+
+@virtually
+async def test_an_actors_keys_end_and_begin_are_not_written_without_a_fence() -> None:
+    """A bug in a caller stops at the map's door."""
+    directory = await Map().view()
+    await bound(directory)
+    _, shard = await apart(directory)
+
+    with pytest.raises(InvariantViolated):
+        await directory.transition(UNIT, shard, replace(shard.ownership, apart=()))
+
+    assert await directory.refresh(UNIT) == shard
+    waiting = await retired(directory)
+    with pytest.raises(InvariantViolated):
+        await directory.transition(OWN, waiting, replace(waiting.ownership, owner="a", incarnation="a-1"))
+
+    assert await directory.refresh(OWN) == waiting
+
+
+MISPLACED = {
+    "an actor of another shard": (UNIT, Ownership(owner="a", incarnation="a-1", epoch=9, apart=((str(STRANGER), 3),))),
+    "one of each": (UNIT, Ownership(owner="a", incarnation="a-1", epoch=9, apart=((str(X), 3), (str(STRANGER), 3)))),
+    "a shard that its shard owns": (UNIT, Ownership(owner=ITS_SHARD, incarnation=None, epoch=9)),
+    "a shard that was taken out of one": (UNIT, Ownership(owner="a", incarnation="a-1", epoch=9, taken_out=9)),
+    "a pinned shard": (UNIT, Ownership(owner="a", incarnation="a-1", epoch=9, pinned=True)),
+    "an actor with actors apart": (OWN, Ownership(owner="a", incarnation="a-1", epoch=9, apart=((str(X), 3),))),
+}
+
+
+@pytest.mark.parametrize("what", MISPLACED)
+def test_a_value_that_its_key_cannot_have_is_counted_and_ignored(what: str) -> None:
+    """What nobody but a person could have written: the last good value stays."""
+
+    @virtually
+    async def check() -> None:
+        the_map = Map()
+        directory = await the_map.view()
+        await bound(directory)
+        own, shard = await apart(directory)
+        key, value = MISPLACED[what]
+
+        await the_map.write(encode_ownership(value), key=key)
+        await asyncio.sleep(0.1)
+
+        assert directory.counters["malformed"] == 1
+        assert directory.entries() == {UNIT: shard, OWN: own}
+        assert (directory.unit_of(X), directory.unit_of(STRANGER)) == (OWN, "shard.1")
+        good = replace(own.ownership, epoch=own.ownership.epoch + 1)
+        await the_map.write(encode_ownership(good), key=OWN)
+        await until(lambda: directory.owner_of(OWN) == ("a", good.epoch))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        b'"apart":"t/k"',
+        b'"apart":["t/k"]',
+        b'"apart":{"t/k":0}',
+        b'"apart":{"t/k":"1"}',
+        b'"apart":{"t/k":true}',
+        b'"apart":{"no actor":1}',
+        b'"apart":{"":1}',
+        b'"apart":{' + b",".join(b'"t/%d":1' % n for n in range(257)) + b"}",
+        b'"taken_out":4',
+        b'"taken_out":-1',
+        b'"taken_out":"1"',
+        b'"pinned":1',
+        b'"pinned":"yes"',
+        b'"pinned":null',
+        b'"owner":"_shard","incarnation":"a-1"',
+        b'"owner":"_shard","move":"m","destination":"b"',
+        b'"owner":"_other"',
+        b'"move":"m","destination":"_shard"',
+    ],
+)
+def test_a_map_value_about_actors_that_no_transition_writes_is_invalid_input(changes: bytes) -> None:
+    """The later of two equal names in a JSON object counts, so these replace what is good."""
+    good = b'{"owner":"a","incarnation":null,"epoch":3,"fence":0,"move":null,"destination":null,"last":null,'
+    assert decode_ownership(good + b'"apart":{"t/k":3},"pinned":true}').apart == (("t/k", 3),)
+
+    with pytest.raises(InvalidInput):
+        decode_ownership(good + changes + b"}")
 
 
 @virtually

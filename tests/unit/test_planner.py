@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.address import ActorId, shard_of
 from routing.errors import InvalidInput
 from routing.placement import ConsistentHashPlacement
 from routing.shard_map import Ownership
+from routing.subjects import actor_key
 from workflows.planner import Inventory, NodeState, Route, plan_rebalance, summary
 from workflows.records import PlannedActor, RebalanceRequest, from_document, to_document
 
@@ -28,15 +30,35 @@ def locked(owner: str, destination: str) -> Ownership:
 
 
 def plan(
-    shard_map: dict[int, Ownership], nodes: list[NodeState], inventories: dict[str, Inventory] | None = None
-) -> RebalanceRequest:
+    shard_map: dict[int, Ownership], nodes: list[NodeState], inventories: dict[str, Inventory] | None = None,
+    apart: dict[str, Ownership] | None = None,
+) -> RebalanceRequest:  # fmt: skip
     return plan_rebalance(
-        shard_map, nodes, inventories or {}, plan_id="p", reason="test", shards_total=SHARDS, placement=PLACEMENT
-    )
+        shard_map, nodes, inventories or {}, plan_id="p", reason="test", shards_total=SHARDS, placement=PLACEMENT,
+        apart=apart,
+    )  # fmt: skip
+
+
+def actor_in(shard: int, number: int = 0) -> str:
+    """The key of an actor of a shard."""
+    actors = (ActorId("cart", str(key)) for key in range(10_000))
+    return [actor_key(actor) for actor in actors if shard_of(actor, SHARDS) == shard][number]
+
+
+def pinned(owner: str) -> Ownership:
+    return replace(owned_by(owner), pinned=True)
+
+
+def routes(request: RebalanceRequest) -> dict[str, tuple[str, str, str]]:
+    """unit -> (source, destination, reason)."""
+    return {move.unit: (move.source, move.destination, move.reason) for move in request.moves}
 
 
 def nodes(*ids: str, draining: str = "") -> list[NodeState]:
     return [NodeState(id=node, draining=node in draining) for node in ids]
+
+
+ACTORS = [actor_in(shard, number) for shard in range(3) for number in range(3)]
 
 
 @st.composite
@@ -47,10 +69,10 @@ def clusters(draw: st.DrawFn) -> tuple[dict[int, Ownership], list[NodeState]]:
         NodeState(id=node, weight=draw(st.sampled_from([1.0, 2.0])), draining=draw(st.booleans())) for node in ids
     ]
     states[0] = replace(states[0], draining=False)
-    routes = st.tuples(st.sampled_from("abcdexy"), st.sampled_from("abcdexy"), st.booleans())
+    ways = st.tuples(st.sampled_from("abcdexy"), st.sampled_from("abcdexy"), st.booleans())
     shard_map = {}
     for shard in draw(st.sets(st.integers(0, SHARDS - 1))):
-        owner, destination, is_locked = draw(routes)
+        owner, destination, is_locked = draw(ways)
         shard_map[shard] = locked(owner, destination) if is_locked and owner != destination else owned_by(owner)
     return shard_map, states
 
@@ -163,6 +185,126 @@ def test_a_move_lists_the_live_actors_of_its_shard_at_the_source() -> None:
         (),
         (PlannedActor(actor_id="cart/x", state_bytes=10), PlannedActor(actor_id="cart/y", state_bytes=20)),
     ]
+
+
+def test_a_pinned_actor_stays_wherever_its_shard_is_and_goes() -> None:
+    """That is what it was pinned for; balance counts shards alone."""
+    shard_map = {shard: owned_by("a" if shard < 6 else "b") for shard in range(8)}
+    apart = {actor_in(shard): pinned("b") for shard in range(8)}
+
+    assert plan(shard_map, nodes("a", "b"), apart=apart) == plan(shard_map, nodes("a", "b"))
+
+
+def test_an_unpinned_actor_goes_where_its_shard_will_be() -> None:
+    """Not where that is now: a second plan would only move it on."""
+    shard_map = {shard: owned_by("a" if shard < 6 else "b") for shard in range(8)}
+    homes = {shard: "a" if shard < 6 else "b" for shard in range(8)}
+    homes |= {move.shard: move.destination for move in plan(shard_map, nodes("a", "b", "c")).moves}
+    apart = {actor_in(shard): owned_by("a") for shard in range(8)}
+
+    found = routes(plan(shard_map, nodes("a", "b", "c"), apart=apart))
+
+    for shard, home in homes.items():
+        name = ActorId.from_token(actor_in(shard).removeprefix("actor."))
+        expected = None if home == "a" else ("a", home, f"{name} is unpinned")
+        assert found.get(actor_in(shard)) == expected
+    assert {"a", "c"} <= set(homes.values())
+
+
+def test_an_unpinned_actor_follows_a_shard_that_is_on_its_way_already() -> None:
+    """A locked shard counts where it is going, for its actors as well."""
+    shard_map = {0: locked("a", "b"), 1: owned_by("a")}
+
+    request = plan(shard_map, nodes("a", "b"), apart={actor_in(0): owned_by("a"), actor_in(1): owned_by("a")})
+
+    assert [(move.unit, move.source, move.destination) for move in request.moves] == [(actor_in(0), "a", "b")]
+
+
+def test_a_draining_node_gives_its_pinned_actors_away_as_well() -> None:
+    """To where their shards will be, before anything that does not hurry, and with the reason for it."""
+    shard_map = {shard: owned_by("a" if shard < 8 else "b") for shard in range(16)}
+    apart = {actor_in(3): pinned("c"), actor_in(12): pinned("c"), actor_in(5): owned_by("c")}
+
+    request = plan(shard_map, nodes("a", "b", "c", "d", draining="c"), apart=apart)
+
+    assert [move.shard for move in request.moves[:3]] == [3, 5, 12]
+    assert {move.reason for move in request.moves[:3]} == {"node c drains"}
+    homes = {move.shard: move.destination for move in request.moves[3:]}
+    for move in request.moves[:3]:
+        assert move.destination == homes.get(move.shard, shard_map[move.shard].owner)
+
+
+def test_an_actor_pinned_to_its_shards_own_node_leaves_with_the_shard_when_that_drains() -> None:
+    """Both go to the same node, in two moves."""
+    shard_map = {shard: owned_by("b") for shard in range(4)}
+
+    found = routes(plan(shard_map, nodes("a", "b", draining="b"), apart={actor_in(2): pinned("b")}))
+
+    assert found[actor_in(2)] == found["shard.2"] == ("b", "a", "node b drains")
+
+
+@pytest.mark.parametrize("draining", ["", "b"])
+def test_an_actor_that_is_moving_is_left_alone(draining: str) -> None:
+    """Pinned or not, and even when its node drains: it is on its way out, or the next plan sees to it."""
+    shard_map = {shard: owned_by("a") for shard in range(4)}
+    apart = {actor_in(1): locked("b", "a"), actor_in(2): replace(locked("b", "a"), pinned=True)}
+
+    request = plan(shard_map, nodes("a", "b", draining=draining), apart=apart)
+
+    assert not {*apart} & {move.unit for move in request.moves}
+
+
+def test_an_actor_whose_node_or_whose_shards_node_is_dead_is_left_to_the_fail_over() -> None:
+    """A move needs a source that lives, and nobody knows yet where a dead node's shard will be."""
+    shard_map = {0: owned_by("a"), 1: owned_by("dead")}
+    apart = {actor_in(0): owned_by("dead"), actor_in(1): owned_by("a"), actor_in(1, 1): owned_by("b")}
+
+    assert plan(shard_map, nodes("a", "b"), apart=apart).moves == ()
+
+
+def test_an_actors_move_lists_the_actor_where_it_lives() -> None:
+    """Under its own unit's name, with its shard's number; the plan as a whole says what it was asked for."""
+    unit = actor_in(1)
+    inventories: dict[str, Inventory] = {"b": {unit: [("cart/x", 10)], "shard.1": [("cart/stale", 7)]}}
+
+    request = plan({1: owned_by("a")}, nodes("a", "b"), inventories, {unit: owned_by("b")})
+
+    assert [(move.unit, move.shard, move.actors) for move in request.moves] == [
+        (unit, 1, (PlannedActor(actor_id="cart/x", state_bytes=10),))
+    ]
+    assert request.reason == "test"
+
+
+@given(clusters(), st.data())
+def test_a_plan_moves_an_actor_only_to_where_its_shard_will_be(
+    cluster: tuple[dict[int, Ownership], list[NodeState]], data: st.DataObject
+) -> None:
+    """Never a locked one, nor a pinned one of a node that stays; and shards move as if there were no actors apart."""
+    shard_map, states = cluster
+    owners = st.builds(replace, st.sampled_from("abcdexy").map(owned_by), pinned=st.booleans())
+    apart = data.draw(st.dictionaries(st.sampled_from(ACTORS), owners | st.just(locked("a", "b")), max_size=6))
+    shards = {shard: ownership.destination or ownership.owner for shard, ownership in shard_map.items()}
+    shards |= {move.shard: move.destination for move in plan(shard_map, states).moves}
+
+    request = plan(shard_map, states, apart=apart)
+
+    draining = {node.id for node in states if node.draining}
+    for move in request.moves:
+        if move.unit in apart:
+            assert apart[move.unit].move is None
+            assert not apart[move.unit].pinned or move.source in draining
+            assert (move.source, move.destination) == (apart[move.unit].owner, shards[move.shard])
+    assert [move for move in request.moves if move.unit not in apart] == list(plan(shard_map, states).moves)
+
+
+def test_a_plan_does_not_depend_on_the_order_in_which_actors_are_listed() -> None:
+    """Two coordinators have heard of them in different orders, and plan the same."""
+    shard_map, apart = {0: owned_by("a"), 1: owned_by("b")}, {actor_in(0, n): owned_by("b") for n in range(3)}
+
+    request = plan(shard_map, nodes("a", "b"), apart=apart)
+
+    assert len(request.moves) == 3
+    assert request.moves == plan(shard_map, nodes("a", "b"), apart=dict(reversed(apart.items()))).moves
 
 
 def test_nobody_left_to_receive_is_refused() -> None:

@@ -42,11 +42,11 @@ COMMITTED = LastMove(move="m", outcome=Outcome.COMMITTED, epoch=5)
 ABORTED = LastMove(move="m", outcome=Outcome.ABORTED, epoch=5)
 
 X = "cart/x"
-MATES = ("cart/w", "cart/y")
-APART = replace(BOUND, apart=(X,))  # a shard whose actor x has a key of its own
-OWN = Ownership(owner="a", incarnation="a-1", epoch=7, fence=7, pinned=True)
+MATES = (("cart/w", 2), ("cart/y", 3))
+APART = replace(BOUND, apart=((X, 7),))  # a shard whose actor x has a key of its own
+OWN = Ownership(owner="a", incarnation="a-1", epoch=7, fence=7, taken_out=7, pinned=True)
 LOOSE = replace(OWN, pinned=False)
-RETIRED = Ownership(owner=ITS_SHARD, incarnation=None, epoch=8, fence=7)
+RETIRED = Ownership(owner=ITS_SHARD, incarnation=None, epoch=8, fence=7, taken_out=7)
 
 
 def test_a_first_owner_starts_at_epoch_one_and_must_bind() -> None:
@@ -185,7 +185,7 @@ def test_an_actors_own_key_begins_with_its_shards_owner_above_both_keys(known: O
     """TAKE OUT: pinned, and fenced, because the shard's owner may be appending to the actor's log below it."""
     after = take_out(BOUND, X, known)
 
-    assert after == Ownership(owner="a", incarnation="a-1", epoch=epoch, fence=epoch, pinned=True)
+    assert after == Ownership(owner="a", incarnation="a-1", epoch=epoch, fence=epoch, taken_out=epoch, pinned=True)
     check(known, after)
 
 
@@ -197,9 +197,10 @@ def test_an_actors_own_key_remembers_how_its_last_move_ended() -> None:
 
 def test_a_shard_names_its_actors_apart_in_order_and_stays_as_it_is() -> None:
     """SET APART: the shard's own owner has lost nothing that it could still be doing wrong."""
-    after = set_apart(replace(BOUND, apart=MATES), X)
+    after = set_apart(replace(BOUND, apart=MATES), X, OWN)
 
-    assert after == replace(BOUND, apart=("cart/w", "cart/x", "cart/y"))
+    assert after == replace(BOUND, apart=(("cart/w", 2), (X, 7), ("cart/y", 3)))
+    assert (after.apart_at(X), BOUND.apart_at(X)) == (7, None)
     check(replace(BOUND, apart=MATES), after)
 
 
@@ -224,7 +225,7 @@ def test_a_retired_key_is_owned_by_nobody_and_keeps_the_last_outcome() -> None:
 @pytest.mark.parametrize(("own_epoch", "epoch"), [(2, 5), (4, 5), (8, 9)])
 def test_a_shard_takes_an_actor_back_above_both_keys(own_epoch: int, epoch: int) -> None:
     """TAKE BACK: fenced as well; the others stay apart."""
-    shard = replace(BOUND, apart=(*MATES, X))
+    shard = replace(BOUND, apart=(*MATES, (X, 7)))
 
     after = take_back(shard, X, replace(RETIRED, epoch=own_epoch, fence=1), incarnation="a-1")
 
@@ -262,7 +263,7 @@ def test_an_actors_own_key_and_its_shards_are_moved_like_any_other() -> None:
             boot(locked, node="a", incarnation="a-2"),
             failover(locked, to="c"),
         ):
-            assert (after.apart, after.pinned) == (before.apart, before.pinned)
+            assert (after.apart, after.pinned, after.taken_out) == (before.apart, before.pinned, before.taken_out)
             check(locked, after)
 
 
@@ -273,7 +274,7 @@ def test_an_actors_own_key_and_its_shards_are_moved_like_any_other() -> None:
         (lambda: take_out(LOCKED, X, None), "its shard is locked by move m"),
         (lambda: take_out(UNBOUND, X, None), "has not taken it over yet"),
         (
-            lambda: take_out(replace(BOUND, apart=tuple(f"cart/{n}" for n in range(APART_MOST))), X, None),
+            lambda: take_out(replace(BOUND, apart=tuple((f"cart/{n}", 2) for n in range(APART_MOST))), X, None),
             f"{APART_MOST} actors of its shard are pinned already",
         ),
         (lambda: pin(OWN, pinned=True), "pinned already"),
@@ -284,6 +285,7 @@ def test_an_actors_own_key_and_its_shards_are_moved_like_any_other() -> None:
         (lambda: retire(LOOSE, incarnation="a-0"), "not owned by a-0"),
         (lambda: take_back(APART, X, LOOSE, incarnation="a-1"), "not waiting to be taken back"),
         (lambda: take_back(BOUND, X, RETIRED, incarnation="a-1"), "not waiting to be taken back"),
+        (lambda: take_back(APART, X, replace(RETIRED, taken_out=6), incarnation="a-1"), "not waiting to be taken back"),
         (lambda: take_back(lock(APART, move="m", destination="b"), X, RETIRED, incarnation="a-1"), "is moving"),
         (lambda: take_back(APART, X, RETIRED, incarnation="a-2"), "not owned by a-2"),
         (lambda: failover(RETIRED, to="b"), "its shard's owner takes it back"),
@@ -306,8 +308,8 @@ def test_what_the_map_does_not_allow_of_an_actor_is_refused_with_a_reason(transi
         (APART, replace(BOUND, epoch=5)),  # without a fence
         (APART, replace(BOUND, epoch=9, fence=8)),
         (APART, replace(BOUND, epoch=3, fence=3)),
-        (APART, replace(APART, apart=("cart/y",))),  # one leaves while another comes
-        (APART, replace(APART, apart=("cart/y",), epoch=5, fence=5)),
+        (APART, replace(APART, apart=(("cart/y", 3),))),  # one leaves while another comes
+        (APART, replace(APART, apart=(("cart/y", 3),), epoch=5, fence=5)),
         (APART, replace(APART, epoch=9, fence=9)),  # a leap, and nobody changed keys
         (RETIRED, replace(OWN, epoch=8, fence=8)),
         (RETIRED, replace(OWN, epoch=7)),
@@ -430,7 +432,7 @@ class Desk:
     own_revision: int
     shard: Ownership
     shard_revision: int
-    taken_out: bool = False
+    taken_out: Ownership | None = None
 
 
 class AnActorAndItsShard(RuleBasedStateMachine):
@@ -453,7 +455,7 @@ class AnActorAndItsShard(RuleBasedStateMachine):
 
     @property
     def apart(self) -> bool:
-        return X in self.shard.apart
+        return self.shard.apart_at(X) is not None
 
     @property
     def counted(self) -> Ownership:
@@ -558,14 +560,14 @@ class AnActorAndItsShard(RuleBasedStateMachine):
         at = self.desks[desk]
         if at.own_revision == self.revisions["own"]:
             with contextlib.suppress(NotApplicable):
-                self.write("own", take_out(at.shard, X, at.own))
-                at.taken_out = True
+                at.taken_out = take_out(at.shard, X, at.own)
+                self.write("own", at.taken_out)
 
     @rule(desk=st.integers(0, 1))
     def set_apart(self, desk: int) -> None:
         at = self.desks[desk]
-        if at.taken_out and at.shard_revision == self.revisions["shard"]:
-            self.write("shard", set_apart(at.shard, X))
+        if at.taken_out is not None and at.shard_revision == self.revisions["shard"]:
+            self.write("shard", set_apart(at.shard, X, at.taken_out))
 
     # What is most often done in a row, for any order at all would seldom get far.
     @precondition(lambda self: not self.apart)
@@ -581,10 +583,11 @@ class AnActorAndItsShard(RuleBasedStateMachine):
         self.commit(key, bound=True)
 
     @precondition(lambda self: self.apart)
-    @rule()
-    def unpin_undisturbed(self) -> None:
+    @rule(restarts=st.integers(0, 4))
+    def unpin_undisturbed(self, restarts: int) -> None:
         self.bind("own")
         self.bind("shard")
+        self.boot("shard", restarts)
         self.pin(pinned=False)
         self.retire()
         self.take_back()
