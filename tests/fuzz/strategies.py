@@ -95,7 +95,11 @@ MEMORIES, FRAMES = _memories(), _frames()
 
 # By field name, then by type. What depends on another field is set right afterwards, in `_consistent`.
 _OF_FIELD: dict[str, st.SearchStrategy[Any]] = {
-    "actor": ACTOR_IDS, "arguments": st.dictionaries(TEXT, JSON, max_size=2),
+    "actor": ACTOR_IDS,
+    "apart": st.dictionaries(ACTOR_IDS.map(str), st.integers(1, 2**53), max_size=3).map(
+        lambda apart: tuple(sorted(apart.items()))
+    ),
+    "arguments": st.dictionaries(TEXT, JSON, max_size=2),
     "destination": st.sampled_from(["c", "d"]),
     "events": st.lists(st.tuples(NAMES, st.dictionaries(NAMES, JSON, max_size=2)).map(list), max_size=3),
     "message_id": NAMES, "name": NAMES, "owner": NODES, "session": st.just("") | SESSIONS, "source": NODES,
@@ -154,7 +158,7 @@ def _consistent(value: Any) -> Any:
             locked = value.move is not None and value.destination is not None
             return replace(
                 value, epoch=epoch, fence=value.fence % (epoch + 1), last=last, move=value.move if locked else None,
-                destination=value.destination if locked else None,
+                destination=value.destination if locked else None, taken_out=value.taken_out % (epoch + 1),
             )  # fmt: skip
         case LastMove():
             return replace(value, epoch=max(1, value.epoch))

@@ -25,7 +25,7 @@ from routing.lease import decode_lease
 from routing.link import Message
 from routing.membership import Member, NodeState, member_of
 from routing.shard_map import Ownership
-from routing.subjects import kv_subject
+from routing.subjects import actor_of_key, kv_subject, shard_of_key
 from tests.fuzz.effort import fuzz
 from tests.fuzz.refusals import assert_orderly
 from tests.fuzz.scene import Scene
@@ -236,7 +236,7 @@ def test_a_node_that_answers_garbage_has_no_inventory_and_the_coordinator_leads_
 
     scene.run(scene.link.subscribe(scene.small.subjects.control("z", "inventory"), reply))
     rows = st.lists(st.tuples(st.sampled_from(["ledger/k", "x"]), JSON).map(list), max_size=2)
-    inventories = st.dictionaries(st.sampled_from(["shard.0", "shard.1", "x"]), rows, max_size=2)
+    inventories = st.dictionaries(st.sampled_from(["shard.0", "shard.1", "actor.t=k", "actor.", "x"]), rows, max_size=2)
 
     @fuzz
     @given(garbage(inventories.map(lambda units: control.encode_result({"units": units}))))
@@ -248,8 +248,8 @@ def test_a_node_that_answers_garbage_has_no_inventory_and_the_coordinator_leads_
     async def example() -> None:
         before = scene.malformed()["c"]
         found = (await scene.coordinator.inventories({"z": member}))["z"]
-        for shard, actors in found.items():
-            assert isinstance(shard, int)
+        for unit, actors in found.items():
+            assert shard_of_key(unit) is not None or actor_of_key(unit) is not None
             assert all(str(ActorId.parse(actor)) == actor and size >= 0 for actor, size in actors)
         assert found == {} or scene.malformed()["c"] == before
         await scene.assert_serving()
@@ -259,12 +259,13 @@ def test_a_node_that_answers_garbage_has_no_inventory_and_the_coordinator_leads_
 
 # -- the buckets -------------------------------------------------------------------------------------------------------
 def test_garbage_in_the_map_is_counted_by_everybody_and_what_was_known_stays(scene: Scene) -> None:
-    """Shards of this cluster, and keys that only look like one. Service goes on by the last value that could be read.
+    """Keys of shards and actors of this cluster, and some that only look like one.
 
-    A value that somebody puts right again is followed: nothing has to be restarted.
+    Service goes on by the last value that could be read. What somebody puts right again is followed: nothing has to be
+    restarted.
     """
 
-    keys = st.sampled_from(["shard.0", "shard.1", "shard.x", "shard.9"])
+    keys = st.sampled_from(["shard.0", "shard.1", "shard.x", "shard.9", "actor.t=k", "actor.t", "actor.t==80"])
 
     @fuzz
     @given(garbage(valid(Ownership).map(encode_ownership)), keys)
@@ -279,7 +280,7 @@ def test_garbage_in_the_map_is_counted_by_everybody_and_what_was_known_stays(sce
         await scene.link.append(subject, payload, expected=None, timeout_s=2.0)
         await scene.settled()
         counted = {name: count - before[name] for name, count in scene.malformed().items()}
-        assert counted == dict.fromkeys(counted, 1 if key in ("shard.0", "shard.1") else 0)
+        assert counted == dict.fromkeys(counted, 1 if key in ("shard.0", "shard.1", "actor.t=k") else 0)
         await scene.assert_serving()
         if known is not None:
             await scene.link.append(subject, encode_ownership(known.ownership), expected=None, timeout_s=2.0)
