@@ -35,7 +35,7 @@ class Directory:
     """Where every unit of ownership lives: every shard, and every actor that was moved by hand.
 
     Invariant: an entry is only ever replaced by one of a higher revision, so a view never goes back in time.
-    An actor's own key counts exactly while its shard's names the actor apart, and the time at which it was taken out.
+    An actor's own key counts exactly while its shard's key names it apart and both name the same epoch of TAKE OUT.
     Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
     """
 
@@ -83,7 +83,7 @@ class Directory:
         return shard_key(shard_of(actor, self.shards_total))
 
     def counts(self, unit: str) -> bool:
-        """Whether what is known of a unit's key says who owns it: of a shard's always, else see above."""
+        """Whether what is known of a unit's key says who owns it: a shard's always does, an actor's as said above."""
         if unit not in self._actor_keys:
             return actor_of_key(unit) is None
         return self._entries[unit].ownership.taken_out == self._taken_out.get(unit)

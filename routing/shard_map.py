@@ -20,12 +20,13 @@ Each function returns the value to be written by one compare-and-set on the key'
 NotApplicable. COMMIT and ABORT of one move start from the same revision, so exactly one of them can happen.
 
 Invariants (checked by tests/unit/test_shard_map.py and by `check`):
-  1. The epoch never falls, and grows by one whenever the owner or the outcome of a move changes.
+  1. The epoch never falls, and grows by one whenever the owner or the outcome of a move changes; TAKE OUT and TAKE BACK
+     go above both keys.
   2. A lock names a move and a destination that is not the owner; both or neither are set.
   3. The outcome of a move, once written, is never rewritten.
   4. A lock is taken only from a bound owner, so that there is a source to pause.
-  5. `fence` is the epoch of the latest BOOT or FAILOVER: an owner that did not stop by itself may still be
-     appending below it. It survives clean moves, because an actor nobody touched since is still unclaimed.
+  5. `fence` is the epoch of the latest BOOT, FAILOVER, TAKE OUT or TAKE BACK: an owner that did not stop by itself may
+     still be appending below it. It survives clean moves, because an actor nobody touched since is still unclaimed.
   6. The epochs at which one actor is owned never fall, whether by its shard's key or by its own: each of the two
      changes begins above both keys, and is a fence.
 """

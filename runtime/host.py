@@ -32,7 +32,7 @@ from routing.errors import (
 from routing.link import Link
 from routing.settings import Settings
 from routing.shard_map import Ownership
-from routing.subjects import Subjects, actor_key, actor_of_key
+from routing.subjects import Subjects, actor_key
 from runtime import rules
 from runtime.delivery import Delivery
 from runtime.live_actor import LiveActor
@@ -44,6 +44,7 @@ log = structlog.get_logger("ferry.host")
 
 OPEN_RETRY_S = 0.05
 INVENTORY_ROWS = 2_000  # of a page: with the longest actor ids 900 kB, below NATS' default payload limit
+RETIRE_AGAIN_S = 30.0  # after a handler outlived its time: until then it serves on
 REST_SHARE = 0.05  # of the passivation time lies between two looks for idle actors of a unit
 
 
@@ -194,8 +195,7 @@ class Host:
         return unit
 
     async def _opening(self, unit: Unit) -> None:
-        """Read the map and write BIND, BOOT or RETIRE until it has decided. Ends with the unit open or dropped."""
-        retiring = False
+        """Read the map and write BIND or BOOT until the map has decided. Ends with the unit open or dropped."""
         while unit.state is UnitState.OPENING:
             if not self._may_serve():  # an earlier life that wakes up must not take units back from its successor
                 await asyncio.sleep(OPEN_RETRY_S)
@@ -210,16 +210,9 @@ class Host:
                     return
                 change = self._taking_over(entry.ownership)
                 if change is None:
-                    change = self._giving_back(unit.name, entry.ownership)
-                    if change is None and retiring:
-                        change = entry.ownership  # so that a RETIRE still under way can no longer land
-                    retiring = change is not None
-                if change is None:
                     self._open(unit, entry.ownership)
                 else:
                     await self._directory.transition(unit.name, entry, change)
-                    if change.retired and (actor := actor_of_key(unit.name)) is not None:
-                        await self._return_to_shard(actor)
             except (TransientError, InDoubt, NotApplicable) as error:
                 log.warning("opening goes on", unit=unit.name, error=str(error))
                 await asyncio.sleep(OPEN_RETRY_S)
@@ -231,18 +224,6 @@ class Host:
         if view.incarnation != self.incarnation:
             return shard_map.boot(view, node=self.node_id, incarnation=self.incarnation)
         return None
-
-    def _giving_back(self, name: str, view: Ownership) -> Ownership | None:
-        """RETIRE for an actor that needs no key of its own any more; None for everything else.
-
-        It is written while the unit is closed: as long as nobody knows whether the write has landed, its shard may go
-        elsewhere and take the actor along, so nothing must be answered from here.
-        """
-        actor = actor_of_key(name)
-        shard = self._directory.get(self._directory.shard_unit_of(actor)) if actor is not None else None
-        if shard is None or not shard_map.may_retire(view, shard.ownership):
-            return None
-        return shard_map.retire(view, incarnation=self.incarnation)
 
     def _open(self, unit: Unit, view: Ownership) -> None:
         unit.ownership, unit.fence, unit.state = view, max(unit.fence, view.fence), UnitState.OPEN
@@ -256,6 +237,8 @@ class Host:
 
     def _keep(self, unit: Unit, view: Ownership) -> None:
         unit.ownership = view
+        if unit.state is UnitState.RETIRING:  # its key has changed since: a RETIRE under way can no longer land
+            self._reopen(unit)
         if view.move is None or unit.pause is not None:
             unit.locked_since_s = None
         elif unit.locked_since_s is None:
@@ -265,6 +248,10 @@ class Host:
         log.info("unit resumes", unit=unit.name, epoch=view.epoch, waiting=len(unit.buffer))
         unit.ownership, unit.pause, unit.state = view, None, UnitState.OPEN
         unit.locked_since_s = self._clock() if view.move is not None else None  # the next move's, seen with this abort
+        self._release(unit)
+
+    def _reopen(self, unit: Unit) -> None:
+        unit.state = UnitState.OPEN
         self._release(unit)
 
     def _reload(self, unit: Unit, view: Ownership) -> None:
@@ -281,7 +268,7 @@ class Host:
         held.drop()
         del self.units[held.name]
         unit = self._start_opening(held.name)
-        unit.fence = view.epoch
+        unit.fence, unit.before = view.epoch, held
         unit.buffer.put_first(waiting)
         return unit
 
@@ -425,27 +412,64 @@ class Host:
                 # Not all at one tick: to look at a hundred thousand actors takes tens of milliseconds.
                 unit.rest_at_s = now_s + REST_SHARE * self._settings.passivate_after_s * _spread(unit.name)
                 self._passivate(unit, now_s)
-        for actor in self._directory.actors_apart():
-            try:
-                await self._return_to_shard(actor)
-            except (FerryError, WrongSequence) as error:
-                log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
+            for text, _ in unit.ownership.apart if unit.ownership is not None else ():
+                await self._return_to_shard(unit, ActorId.parse(text))
 
-    async def _return_to_shard(self, actor: ActorId) -> None:
-        """End the key of an unpinned actor whose shard this node owns too. Raises what writing to the map raises."""
-        name, shard_name = actor_key(actor), self._directory.shard_unit_of(actor)
-        own, shard, unit = self._directory.get(name), self._directory.get(shard_name), self.units.get(shard_name)
-        if own is None or shard is None or unit is None or unit.state is not UnitState.OPEN:
+    async def _return_to_shard(self, unit: Unit, actor: ActorId) -> None:
+        """Have an actor that is apart back in its shard, `unit`, if it is unpinned and this node owns both."""
+        name = actor_key(actor)
+        own, shard, held = self._directory.get(name), self._directory.get(unit.name), self.units.get(name)
+        if own is None or shard is None or unit.state is not UnitState.OPEN or not self._directory.counts(name):
             return
-        if not self._directory.counts(name):
-            await self._directory.refresh(name)
+        if own.ownership.retired:
+            await self._take_back(unit, actor)
+        elif held is None or held.state is not UnitState.OPEN or self._clock() < held.retire_from_s:
+            return
         elif shard_map.may_retire(own.ownership, shard.ownership):
-            held = self.units.get(name)
-            if held is not None and held.state is UnitState.OPEN:
-                self._begin_anew(held, own.ownership)  # and whoever opens it writes RETIRE instead
-        elif own.ownership.retired and shard.ownership.move is None:
+            held.state = UnitState.RETIRING
+            self._spawn(self._retire(unit, held, actor))
+
+    async def _retire(self, unit: Unit, held: Unit, actor: ActorId) -> None:
+        """Close an actor's own unit, write RETIRE, and take the actor back.
+
+        It is written once no handler runs, and it stays closed as long as nobody knows whether that has landed: its
+        shard may go elsewhere and take the actor along, so nothing must be answered from here. It opens again only over
+        a write that the late one cannot follow.
+        """
+        try:
+            await held.quiet(self._settings.drain_handlers_s)
+        except Busy as error:
+            log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
+            held.retire_from_s = self._clock() + RETIRE_AGAIN_S
+            if held.state is UnitState.RETIRING:
+                self._reopen(held)  # nothing was written yet
+            return
+        while held.state is UnitState.RETIRING:
+            try:
+                own = await self._directory.refresh(held.name)
+                shard = self._directory.get(unit.name)
+                if held.state is not UnitState.RETIRING or own is None or shard is None or not self._may_serve():
+                    continue
+                back = shard_map.may_retire(own.ownership, shard.ownership)
+                after = shard_map.retire(own.ownership, incarnation=self.incarnation) if back else own.ownership
+                await self._directory.transition(held.name, own, after)
+            except (TransientError, InDoubt, NotApplicable) as error:
+                log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
+            finally:
+                if held.state is UnitState.RETIRING:
+                    await asyncio.sleep(OPEN_RETRY_S)
+        await self._take_back(unit, actor)
+
+    async def _take_back(self, unit: Unit, actor: ActorId) -> None:
+        """TAKE BACK for an actor whose own key is retired; tried again at the next tick when it does not go through."""
+        own, shard = self._directory.get(actor_key(actor)), self._directory.get(unit.name)
+        if own is None or shard is None or not own.ownership.retired or unit.state is not UnitState.OPEN:
+            return
+        try:
             back = shard_map.take_back(shard.ownership, str(actor), own.ownership, incarnation=self.incarnation)
-            await self._directory.transition(shard_name, shard, back)
+            await self._directory.transition(unit.name, shard, back)
+        except (TransientError, InDoubt, NotApplicable) as error:
+            log.info("actor not back in its shard yet", actor=str(actor), error=str(error))
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
         rested = [

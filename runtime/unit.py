@@ -6,9 +6,11 @@
                               └───────────────┴────── judge: RELOAD ─────┤
     (not held) ◄───────────────── judge: NOT_MINE ───────────────────────┘
 
-While OPENING or PAUSED every command waits in the buffer, in order of arrival. OPENING ends with the compare-and-set
-that the opener retries until the map answers; PAUSED ends only through the map, for which the node itself writes an
-ABORT when its pause lease runs out.
+An actor that goes back to its shard is RETIRING after OPEN: judge says KEEP (open again) or NOT_MINE.
+
+While OPENING, PAUSED or RETIRING every command waits in the buffer, in order of arrival. OPENING and RETIRING end with
+the compare-and-set that is retried until the map answers; PAUSED ends only through the map, for which the node itself
+writes an ABORT when its pause lease runs out.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class UnitState(StrEnum):
     OPENING = "opening"
     OPEN = "open"
     PAUSED = "paused"
+    RETIRING = "retiring"  # an actor's own key: closed, until it is known what became of RETIRE
     DROPPED = "dropped"  # no longer held; only tasks that still run can see it
 
 
@@ -101,6 +104,10 @@ class Unit:
         self.locked_since_s: float | None = None  # a lock in the map that no pause has followed yet
         self.rest_at_s = 0.0  # when to look for idle actors again, on the node's clock
         self.running = 0  # mailboxes at work
+        self.retire_from_s = (
+            0.0  # when to try RETIRE, on the node's clock: a handler of its actor has not ended in time
+        )
+        self.before: Unit | None = None  # what this one was begun anew from: its handlers may still run
         self._quiet = asyncio.Event()
         self._quiet.set()
         self.settled = asyncio.Event()  # opened at least once, or dropped
@@ -111,7 +118,7 @@ class Unit:
 
     @property
     def held(self) -> Held | None:
-        if self.state is UnitState.OPEN:
+        if self.state in (UnitState.OPEN, UnitState.RETIRING):
             return Held(self.epoch, None)
         if self.state is UnitState.PAUSED and self.pause is not None:
             return Held(self.pause.epoch, self.pause.move)
@@ -142,8 +149,12 @@ class Unit:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
+                while self.before is not None:
+                    await self.before._quiet.wait()
+                    self.before = self.before.before
         except TimeoutError as error:
-            raise Busy(f"{self.running} handlers of {self.name} still run after {timeout_s:g} s") from error
+            running = self.running + (self.before.running if self.before is not None else 0)
+            raise Busy(f"{running} handlers of {self.name} still run after {timeout_s:g} s") from error
 
     def drop(self) -> None:
         """No longer held. What waited has been taken before; handlers that still run see it when they end."""

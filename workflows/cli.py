@@ -378,7 +378,8 @@ async def _migrate(
         asked["actor"] = str(ActorId.parse(target))
     async with open_session(settings) as session:
         answer = await session.ask_leader("migrate", asked)
-        await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
+        told = f"{target} is at {destination} already, and pinned there now"
+        await _follow_if_planned(session, answer, told, wait, timeout_s, as_json)
 
 
 @cli.command()
@@ -395,12 +396,19 @@ async def _unpin(settings: Settings, actor: ActorId, wait: bool, timeout_s: floa
 
     async with open_session(settings) as session:
         answer = await session.ask_leader("unpin", {"actor": str(actor)})
-        if answer["plan"] is not None:
-            await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
-        elif as_json:
-            show.print_json(answer)
-        else:
-            click.echo(f"{actor} is unpinned: it goes where its shard is")
+        told = f"{actor} is unpinned: it goes where its shard is"
+        await _follow_if_planned(session, answer, told, wait, timeout_s, as_json)
+
+
+async def _follow_if_planned(
+    session: Session, answer: dict[str, Any], otherwise: str, wait: bool, timeout_s: float, as_json: bool
+) -> None:
+    if answer["plan"] is not None:
+        await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
+    elif as_json:
+        show.print_json(answer)
+    else:
+        click.echo(otherwise)
 
 
 @cli.command()

@@ -74,12 +74,15 @@ class Desk:
         return {"plan": to_document(await self._coordinator.handle_rebalance_request(request))}
 
     async def migrate(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Move one shard, or one actor, which is pinned by that. Raises InvalidInput for an unknown shard or node,
-        NotApplicable when it cannot go there.
+        """Move one shard, or one actor, which pins it. Answers `{"plan"}`: null when the actor was only pinned.
+
+        Raises InvalidInput for an unknown shard or node, NotApplicable when it cannot go there.
         """
         destination = self._taker(asked.get("destination"))
         if "actor" in asked:
             actor, source = await self._decided(partial(self._pinned, destination), asked["actor"])
+            if source == destination:
+                return {"plan": None}
             return await self._move(actor_key(actor), self._shard_of(actor), source, destination)
         shard, directory = asked.get("shard"), self._coordinator.directory
         if type(shard) is not int or not 0 <= shard < directory.shards_total:  # a bool is an int as well
@@ -105,7 +108,7 @@ class Desk:
         if apart and own is not None and own.ownership.retired:
             raise Unavailable(f"{actor} is just going back to its shard: try again in a moment")
         owner = own.ownership.owner if apart and own is not None else shard.ownership.owner
-        if owner == destination:
+        if owner == destination and (own is None or not apart or own.ownership.pinned):
             raise NotApplicable(f"{actor} is at {destination} already: nothing to move")
         if own is None or not apart:
             value = shard_map.take_out(shard.ownership, str(actor), own.ownership if own is not None else None)

@@ -52,7 +52,7 @@ class Node(NamedTuple):
     seen: tuple[int, int]
     held: tuple[Hold | None, Hold | None]
     trusted: bool = True  # its lease; it ends before anything fails over
-    retiring: bool = False  # its own-key unit is closed, until it knows what became of RETIRE
+    retiring: bool = False  # the actor's own unit is closed, until the node knows what became of RETIRE
 
 
 class Leader(NamedTuple):
@@ -128,15 +128,13 @@ class TwoKeys:
         if len({*state.log}) > len({*epochs}):
             return "two nodes appended at one epoch"
         able = 0
-        for node in state.nodes:
-            hold = node.held[_unit(state, node)]
+        for index, node in enumerate(state.nodes):
+            hold = _serving(state, index)
             if hold is None or hold.version < 0 or _owes_claim(state, hold):
                 continue
             able += hold.version == len(state.log)
             if node.trusted and hold.version < len(state.log):
-                later = {by for _, by in state.log[hold.version :]}
-                if later - {state.nodes.index(node)}:
-                    return "a node answers queries, although another has appended since"
+                return "a node answers queries, although somebody has appended since"
         return "two activations can append" if able > 1 else ""
 
     def at_rest(self, state: State) -> bool:
@@ -177,8 +175,7 @@ class TwoKeys:
 
     def _serves(self, state: State, index: int) -> Iterator[Step]:
         node, name = state.nodes[index], NAMES[index]
-        unit = _unit(state, node)
-        hold = node.held[unit]
+        unit, hold = _unit(state, node), _serving(state, index)
         if hold is None or not node.trusted:
             return
         end = len(state.log)
@@ -213,7 +210,7 @@ class TwoKeys:
                 yield from self._writes(state, index, key, bound, f"{name} binds {key.name}")
             if node.held[key] is None or not node.trusted or node.seen[key] < len(state.keys[key]) - 1:
                 continue
-            if any(append.node == index and append.unit is key for append in state.appends):
+            if _busy(state, index, key) or (key is Key.OWN and node.retiring):
                 continue  # the gate is closed once they have ended
             home = key is Key.OWN and not view.pinned and _latest(state, Key.SHARD).owner != name
             if home or state.budget.moves:
@@ -222,15 +219,14 @@ class TwoKeys:
         if own is None or shard is None or not node.trusted:
             return
         if node.retiring:
-            fresh = _refresh(state, index)
-            yield from self._opens(fresh, index)
-        elif shard_map.may_retire(own, shard) and node.held[Key.OWN] is not None:
+            if not _busy(state, index, Key.OWN):
+                yield from self._retires(_refresh(state, index), index)
+        elif shard_map.may_retire(own, shard) and node.held[Key.OWN] is not None and _counts(state, node):
             if Rule.CLOSING in self.without:
                 retired = shard_map.retire(own, incarnation=f"{name}-1")
                 yield from self._writes(state, index, Key.OWN, retired, f"{name} retires")
                 return
-            closed = _held(node, Key.OWN, None)._replace(retiring=True)
-            yield f"{name} closes its unit", False, _put(state, index, closed)
+            yield f"{name} closes its unit", False, _put(state, index, node._replace(retiring=True))
         if own.retired and _counts(state, node) and node.held[Key.SHARD] is not None:
             try:
                 back = shard_map.take_back(shard, ACTOR, own, incarnation=f"{name}-1")
@@ -238,8 +234,8 @@ class TwoKeys:
                 return
             yield from self._writes(state, index, Key.SHARD, back, f"{name} takes back")
 
-    def _opens(self, state: State, index: int) -> Iterator[Step]:
-        """Host._opening, after RETIRE was to be written."""
+    def _retires(self, state: State, index: int) -> Iterator[Step]:
+        """Host._retire, once no handler runs and both keys are read."""
         node, name = state.nodes[index], NAMES[index]
         shard, own = _view(state, node, Key.SHARD), _view(state, node, Key.OWN)
         if own is None or shard is None or not node.retiring:
@@ -248,8 +244,7 @@ class TwoKeys:
         if shard_map.may_retire(own, shard):
             value, what = shard_map.retire(own, incarnation=f"{name}-1"), "retires"
         elif Rule.FENCING_OFF in self.without:
-            opened = _held(node, Key.OWN, Hold(own.epoch, own.epoch))._replace(retiring=False)
-            yield f"{name} opens again", False, _put(state, index, opened)
+            yield f"{name} opens again", False, _put(state, index, node._replace(retiring=False))
             return
         else:
             value, what = own, "fences its RETIRE off"
@@ -383,6 +378,19 @@ def _moved(view: Ownership, to: int) -> int:
     locked = shard_map.lock(view, move="m", destination=NAMES[to])
     gone = shard_map.commit(locked, move="m", incarnation=str(view.incarnation), heir=f"{NAMES[to]}-1")
     return _number(replace(gone, last=None))
+
+
+def _busy(state: State, index: int, key: Key) -> bool:
+    """Whether a node's handlers for this unit still run: what they store may land."""
+    return any(append.node == index and append.unit is key for append in state.appends)
+
+
+def _serving(state: State, index: int) -> Hold | None:
+    """What a node serves the actor from; nothing while its unit is closed, or its mailbox waits for an append."""
+    node = state.nodes[index]
+    unit = _unit(state, node)
+    closed = (unit is Key.OWN and node.retiring) or _busy(state, index, unit)
+    return None if closed else node.held[unit]
 
 
 def _owes_claim(state: State, hold: Hold) -> bool:

@@ -685,3 +685,47 @@ async def test_an_actor_whose_node_dies_on_its_way_back_is_taken_back_by_its_sha
 
         assert await small.send("x", "write", entry=3) == 3
         assert (await small.map()).owner == "b"
+
+
+@virtually
+async def test_an_actor_that_is_pinned_again_while_it_closes_opens_again_and_misses_nothing() -> None:
+    """A handler that ran when it closed belongs to the same unit: what it stores is seen by whoever asks next."""
+    async with cluster("a", "b", latency=lambda: 0.01) as small:
+        unit = await take_out(small)
+        await small.send("x", "write", entry=1)
+        Ledger.open_gate = asyncio.Event()
+        running = await small.post("a", small.command("x", "write_slowly", "m-1", entry=2))
+        await until(lambda: Ledger.entered == 1)
+        await unpin(small)
+        held = small.nodes["a"].node.host.units[unit]
+        await until(lambda: held.state is UnitState.RETIRING)
+        await small.directory.decide(unit, lambda view: shard_map.pin(view, pinned=True))
+        await until(lambda: held.state is UnitState.OPEN)
+
+        Ledger.open_gate.set()
+
+        assert (await answered(running)).value == 2
+        assert await small.send("x", "read") == [1, 2]
+        moved = asyncio.create_task(small.move("m", "b", unit))
+        assert (await moved)["blackout_ms"] is not None
+        assert await small.send("x", "read") == [1, 2]
+
+
+@virtually
+async def test_an_actor_whose_handler_does_not_end_is_not_given_back_and_serves_on() -> None:
+    """As with a pause, the handler gets its time; then the unit opens again, and half a minute passes."""
+    async with cluster("a", "b") as small:
+        unit = await take_out(small)
+        Ledger.open_gate = asyncio.Event()
+        running = await small.post("a", small.command("x", "write_slowly", "m-1", entry=1))
+        await until(lambda: Ledger.entered == 1)
+        await unpin(small)
+        held = small.nodes["a"].node.host.units[unit]
+        await until(lambda: held.state is UnitState.RETIRING)
+        await until(lambda: held.state is UnitState.OPEN)
+
+        Ledger.open_gate.set()
+
+        assert (await answered(running)).value == 1
+        await until(lambda: small.directory.actors_apart() == [])
+        assert await small.send("x", "read") == [1]
