@@ -96,6 +96,7 @@ class Directory:
         return self.shards() | self.apart()
 
     def shards(self) -> dict[str, MapEntry]:
+        """The units that are shards."""
         if not self._actor_keys:
             return dict(self._entries)
         return {unit: entry for unit, entry in self._entries.items() if unit not in self._actor_keys}
@@ -121,8 +122,9 @@ class Directory:
         return None if entry.ownership.retired else entry.ownership.owner, entry.ownership.epoch
 
     async def refresh(self, unit: str) -> MapEntry | None:
-        """Read a unit's key from the leader, and after an actor's own key that of its shard. Raises Timeout,
-        Unavailable.
+        """Read a unit's key from the leader, and after an actor's own key that of its shard.
+
+        Raises Timeout, Unavailable.
         """
         await self._read(unit)
         if (actor := actor_of_key(unit)) is not None:

@@ -32,7 +32,8 @@ Why it is fast: steps 2 to 5 follow from the pause and can be repeated, so the w
 recorded, while Celery hands the chain on; their tasks find them taken (workflows/ahead.py). COMMIT waits for its own
 task.
 
-Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached.
+Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached. An actor
+that is moved by hand is a unit of its own, with a key of its own in the map, and goes the same way.
 """
 
 from __future__ import annotations
