@@ -73,8 +73,9 @@ class Assignment:
 
     def strays(self, alive: Mapping[str, Member]) -> list[str]:
         """Actors that have to go home and can: unpinned, or at a node that takes nothing. By their units' names."""
-        takers, found = {node.id for node in self.takers(alive)}, []
-        for unit, entry in self._directory.apart().items():
+        apart = self._directory.apart()
+        takers, found = {node.id for node in self.takers(alive)} if apart else set(), []
+        for unit, entry in apart.items():
             home, own = self._directory.get(shard_key(self._shard_of(unit))), entry.ownership
             stays = own.owner not in alive or (own.pinned and own.owner in takers)
             if home is not None and home.ownership.owner in takers - {own.owner} and not stays:

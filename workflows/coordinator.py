@@ -350,7 +350,7 @@ class Coordinator:
 
     # -- what it sees and hears ----------------------------------------------------------------------------------------
     def _on_map(self, unit: str, entry: MapEntry) -> None:
-        if self.admission.on_map(unit, entry):
+        if self.admission.on_map(unit, entry) and self.admission.waiting:
             self._wake.set()
 
     def _on_suspended(self, entry: Entry) -> None:
