@@ -268,7 +268,7 @@ class Host:
         held.drop()
         del self.units[held.name]
         unit = self._start_opening(held.name)
-        unit.fence, unit.before = view.epoch, held
+        unit.fence, unit.before = view.epoch, held if held.running else held.before
         unit.buffer.put_first(waiting)
         return unit
 
