@@ -149,9 +149,10 @@ class Directory:
 
         Raises NotApplicable for what is no unit; Timeout, Unavailable when it has to be read and cannot be.
         """
-        if shard_of_key(unit) is None and unit not in self._entries:
-            await self.refresh(unit)
-        if not self._is_unit(unit) or (shard_of_key(unit) is None and unit not in self._entries):
+        of_actor = actor_of_key(unit) is not None
+        if of_actor and unit not in self._entries:
+            await self.refresh(unit)  # any name of an actor has the form of a unit, and few of them are one
+        if not self._is_unit(unit) or (of_actor and unit not in self._entries):
             raise NotApplicable(f"{unit} is no unit of this cluster")
         try:
             async with asyncio.timeout(timeout_s):

@@ -104,9 +104,7 @@ class Unit:
         self.locked_since_s: float | None = None  # a lock in the map that no pause has followed yet
         self.rest_at_s = 0.0  # when to look for idle actors again, on the node's clock
         self.running = 0  # mailboxes at work
-        self.retire_from_s = (
-            0.0  # when to try RETIRE, on the node's clock: a handler of its actor has not ended in time
-        )
+        self.retire_from_s = 0.0  # not before, on the node's clock: a handler of its actor did not end in time
         self.before: Unit | None = None  # what this one was begun anew from: its handlers may still run
         self._quiet = asyncio.Event()
         self._quiet.set()

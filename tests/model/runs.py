@@ -8,12 +8,16 @@ from tests.model import key_runs
 from tests.model.decisions import replaced
 from tests.model.explorer import Exploration, explore
 from tests.model.key_runs import KeyMutant
+from tests.model.keys import TwoKeys
 from tests.model.mutants import MUTANTS, Mutant
 from tests.model.variants import COMPLETE, QUICK
 from tests.model.world import World
 
-VARIANTS = {name: World(scope=scope) for name, scope in {**QUICK, **COMPLETE}.items()}
-VARIANTS_OF_KEYS = {**key_runs.QUICK, **key_runs.COMPLETE}
+VARIANTS: dict[str, World | TwoKeys] = {
+    **{name: World(scope=scope) for name, scope in {**QUICK, **COMPLETE}.items()},
+    **key_runs.QUICK,
+    **key_runs.COMPLETE,
+}
 MUTATIONS: dict[str, Mutant | KeyMutant] = {
     f"{mutant.name}: {mutant.what}": mutant for mutant in (*MUTANTS, *key_runs.MUTANTS)
 }
@@ -22,7 +26,6 @@ MUTATIONS: dict[str, Mutant | KeyMutant] = {
 def names() -> Iterator[str]:
     """Every exploration there is: the protocol in its scopes, then the mutants."""
     yield from VARIANTS
-    yield from VARIANTS_OF_KEYS
     yield from MUTATIONS
 
 
@@ -30,8 +33,6 @@ def run(name: str) -> Exploration:
     """Explore a scope of the protocol, or a mutant in its own scope."""
     if name in VARIANTS:
         return explore(VARIANTS[name])
-    if name in VARIANTS_OF_KEYS:
-        return explore(VARIANTS_OF_KEYS[name])
     mutant = MUTATIONS[name]
     with replaced(mutant.replaces):
         if isinstance(mutant, KeyMutant):

@@ -13,7 +13,7 @@ from tests.model import key_runs
 from tests.model.decisions import replaced
 from tests.model.explorer import explore
 from tests.model.mutants import MUTANTS
-from tests.model.runs import MUTATIONS, VARIANTS, VARIANTS_OF_KEYS, run
+from tests.model.runs import MUTATIONS, VARIANTS, run
 from tests.model.scopes import ONE, TWO_SESSIONS, scope
 from tests.model.variants import COMPLETE, QUICK
 from tests.model.world import Without, World
@@ -68,6 +68,6 @@ def test_every_verdict_of_every_rule_occurs() -> None:
 
 
 def test_scopes_and_mutants_have_names_of_their_own() -> None:
-    assert len(VARIANTS | VARIANTS_OF_KEYS) == sum(map(len, (QUICK, COMPLETE, key_runs.QUICK, key_runs.COMPLETE)))
+    assert len(VARIANTS) == sum(map(len, (QUICK, COMPLETE, key_runs.QUICK, key_runs.COMPLETE)))
     assert len({name.partition(":")[0] for name in MUTATIONS}) == len(MUTATIONS) == len(MUTANTS) + len(key_runs.MUTANTS)
     assert {f"T{number}" for number in range(1, 16)} | {"S1", "S2", "S3"} <= {mutant.name for mutant in MUTANTS}
