@@ -10,31 +10,28 @@ and makes a new one:
 Two more of its traps shape this file: `flush()` sends its ping *ahead* of what waits in the client's buffer, and a
 ping given up on kills the read loop when its pong comes late. So the barrier is a message to our own inbox.
 
-Questions and answers of one turn of the event loop travel together (routing/nats_packing.py), and all answers come to
-one inbox (routing/nats_answers.py).
+Messages go past nats-py's queues (routing/nats_wire.py), questions and answers of one turn of the event loop travel
+together (routing/nats_packing.py), and all answers come to one inbox (routing/nats_answers.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import structlog
 from nats import errors as nats_errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription as ClientSubscription
 
 from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.nats_answers import Answers
 from routing.nats_packing import FRAME_BYTES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
+from routing.nats_wire import Receive, WireClient
 
 log = structlog.get_logger("ferry.nats")
 
@@ -46,12 +43,9 @@ WATCHDOG_S = 0.1  # how late a client that hangs while closing is noticed
 BARRIER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
-MAX_PENDING_MESSAGES = 2**20  # per subscription, waiting for handlers; over it nats-py drops, which is counted
-MAX_PENDING_BYTES = 2**30
-MANY = 8  # messages in a frame from which on a turn of the event loop is worth its cost
-NO_RESPONDERS = "503"
-# What a client raises where it sends: nats-py's own, and what uvloop says of a transport that has just been closed.
-CLIENT_ERRORS = (nats_errors.Error, RuntimeError, OSError)
+HEADERS_BYTES = 14  # around the lines of a message's headers
+NO_RESPONDERS = b"NATS/1.0 503"
+SEND_ERRORS = (nats_errors.Error, UnicodeEncodeError)  # of a connection that is closed, of what is no subject
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +53,8 @@ class Registration:
     """A subscription that outlives clients: made again on each new one."""
 
     subject: str
-    receive: Callable[[Msg], None]
-    current: ClientSubscription | None = None
+    receive: Receive
+    current: tuple[WireClient, bytes] | None = None
 
 
 class NatsConnection:
@@ -79,12 +73,11 @@ class NatsConnection:
         self.reconnect_callbacks: list[Callable[[], None]] = []
         self._servers, self._name, self._connect_timeout_s = parts(url), name, connect_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._client: Client | None = None
+        self._client: WireClient | None = None
         self._died = asyncio.Event()
         self._answers = Answers(self.inbox)
         self._outbox = Outbox()
-        self._flushing: asyncio.Task[int] | None = None
-        self._delivering = False  # in a handler of ours, after which the outbox is emptied
+        self._flush_is_due = False
         self._barriers: set[asyncio.Future[bytes]] = set()
         self._registrations: dict[Registration, None] = {}
         self._supervisor: asyncio.Task[None] | None = None
@@ -120,7 +113,7 @@ class NatsConnection:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
-        await self._flush()
+        self._flush()
         client, self._client = self._client, None
         if client is not None:
             if client.is_connected:
@@ -172,7 +165,7 @@ class NatsConnection:
 
     async def _attach(self) -> None:
         """Connect a new client and make every registration on it. Leaves nothing behind when it fails."""
-        client, died = Client(), asyncio.Event()
+        client, died = WireClient(self._flush), asyncio.Event()
         each_s = self._connect_timeout_s / len(self._servers)  # so that one silent server leaves time for the others
 
         async def on_closed() -> None:
@@ -187,17 +180,14 @@ class NatsConnection:
                 # flusher's queue has no bound, because a full one would block the ping loop that notices a dead link.
                 await client.connect(
                     self._servers, name=self._name, allow_reconnect=False, max_reconnect_attempts=1,
-                    reconnect_time_wait=0.05, connect_timeout=each_s,  # type: ignore[arg-type]
-                    ping_interval=PING_INTERVAL_S, max_outstanding_pings=MAX_PINGS_UNANSWERED,  # type: ignore[arg-type]
+                    reconnect_time_wait=0.05, connect_timeout=each_s,
+                    ping_interval=PING_INTERVAL_S, max_outstanding_pings=MAX_PINGS_UNANSWERED,
                     pending_size=0, flusher_queue_size=0, closed_cb=on_closed, error_cb=on_error,
                 )  # fmt: skip
                 self._check_version(client)
-                await client.subscribe(
-                    f"{self.inbox}.*", cb=self._on_answer,
-                    pending_msgs_limit=MAX_PENDING_MESSAGES, pending_bytes_limit=MAX_PENDING_BYTES,
-                )  # fmt: skip
-                for registration in tuple(self._registrations):
-                    await self._register_on(client, registration)
+                client.listen(f"{self.inbox}.*", self._on_answer)
+                for registration in self._registrations:
+                    self._register_on(client, registration)
                 await self._barrier(client, self._connect_timeout_s)
         except BaseException:
             self._end(client)
@@ -208,7 +198,7 @@ class NatsConnection:
         self._outbox.frame_bytes = min(FRAME_BYTES, client.max_payload)
         self._client, self._died = client, died
 
-    def _check_version(self, client: Client) -> None:
+    def _check_version(self, client: WireClient) -> None:
         version = client.connected_server_version
         found = (version.major, version.minor, version.patch)
         self.server_version = ".".join(str(number) for number in found)
@@ -218,7 +208,7 @@ class NatsConnection:
                 f" {'.'.join(str(number) for number in MIN_SERVER_VERSION)} or later"
             )
 
-    def _end(self, client: Client) -> None:
+    def _end(self, client: WireClient) -> None:
         """Cut a client's connection and let its tasks finish in the background."""
         task = asyncio.create_task(_end_client(client), name=f"nats-ending-{self._name}")
         self._endings.add(task)
@@ -227,12 +217,12 @@ class NatsConnection:
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         client = await self._ready(BARRIER_TIMEOUT_S)
-        await self._hand_over(client, subject, payload, reply, None)
+        self._hand_over(client, subject, payload, reply)
 
     def answer(self, reply: str, payload: bytes) -> None:
         """Publish to a reply subject without waiting. What is short leaves at the end of this turn, with others."""
         client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+        if client.unsent_bytes + self._outbox.waiting_bytes > MAX_UNSENT_BYTES:
             raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
         self._check_size(reply, len(payload))
         inbox, mark, token = reply.rpartition(INBOX_MARK)
@@ -248,29 +238,31 @@ class NatsConnection:
         Raises Unavailable when certainly nobody got the question, Timeout when nobody answered.
         """
         if alone or len(payload) > PACKED_BYTES:
-            await self._flush()  # it must not overtake what was asked before
+            self._flush()  # it must not overtake what was asked before
             return await self.request_alone(subject, payload, timeout_s=timeout_s)
         client = await self._ready(timeout_s)
-        if not _may_be_asked(subject):
+        if subject.endswith(INBOX_MARK):  # it would be taken for an answer
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
         token, future = self._answers.expect(subject, timeout_s)
         try:
             if len(self._answers) > 1:
                 self._pack(subject, token, payload)
             else:  # whoever is alone gains nothing by waiting for company
-                await self._hand_over(client, subject, payload, self._answers.reply_to(token), None)
+                self._hand_over(client, subject, payload, self._answers.reply_to(token))
+                client.write_out()
             return await future
         finally:
             self._answers.forget(token)
 
-    async def request_alone(
-        self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
-    ) -> bytes:
-        """As `request`, in a message of its own: what the server itself answers does not come in frames."""
+    async def request_alone(self, subject: str, payload: bytes, *, timeout_s: float, headers: bytes = b"") -> bytes:
+        """As `request`, in a message of its own: what the server itself answers does not come in frames.
+
+        `headers` are lines, each with its end.
+        """
         client = await self._ready(timeout_s)
         token, future = self._answers.expect(subject, timeout_s)
         try:
-            await self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
+            self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
             return await future
         finally:
             self._answers.forget(token)
@@ -281,7 +273,7 @@ class NatsConnection:
         expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
-                await self._hand_over(client, subject, payload, self._answers.reply_to(token), None)
+                self._hand_over(client, subject, payload, self._answers.reply_to(token))
             return [await future for _, future in expected]
         finally:
             for token, future in expected:
@@ -289,32 +281,30 @@ class NatsConnection:
                 if future.done() and not future.cancelled():
                     future.exception()  # of two that failed, the caller is told of one
 
-    async def subscribe(self, subject: str, receive: Callable[[Msg], None]) -> Registration:
+    async def subscribe(self, subject: str, receive: Receive) -> Registration:
         """Returns once the server knows. Raises Unavailable when not connected."""
         client = self._attached()
         registration = Registration(subject, receive)
         self._registrations[registration] = None
         try:
-            await self._register_on(client, registration)
+            self._register_on(client, registration)
             await self._barrier(client, BARRIER_TIMEOUT_S)
-        except CLIENT_ERRORS as error:
-            await self.unsubscribe(registration)
+        except SEND_ERRORS as error:
+            self.unsubscribe(registration)
             raise _translated(error, subject, self.url) from error
         except BaseException:
-            await self.unsubscribe(registration)
+            self.unsubscribe(registration)
             raise
         return registration
 
-    async def unsubscribe(self, registration: Registration) -> None:
+    def unsubscribe(self, registration: Registration) -> None:
         """Idempotent; a connection that is down forgets without asking."""
         self._registrations.pop(registration, None)
         current, registration.current = registration.current, None
         if current is None:
             return
-        try:
-            await current.unsubscribe()
-        except CLIENT_ERRORS:
-            return  # it goes away with its client
+        client, sid = current
+        client.stop_listening(sid)
 
     async def round_trip_s(self, timeout_s: float = BARRIER_TIMEOUT_S) -> float:
         """Seconds for a message to the server and back, after everything sent before it."""
@@ -331,7 +321,7 @@ class NatsConnection:
             self.handler_errors += 1
             log.exception("handler failed", where=where)
 
-    def _attached(self) -> Client:
+    def _attached(self) -> WireClient:
         client = self._client
         if client is None or not client.is_connected:
             if self._closed:
@@ -339,58 +329,40 @@ class NatsConnection:
             raise Unavailable(f"not connected to NATS at {self.url}: reconnecting, try again")
         return client
 
-    async def _ready(self, timeout_s: float) -> Client:
+    async def _ready(self, timeout_s: float) -> WireClient:
         """The client to hand a message to, once the server has taken enough of those before. Raises Unavailable."""
         client = self._attached()
-        if self._unsent_bytes(client) > MAX_UNSENT_BYTES:
+        if client.unsent_bytes + self._outbox.waiting_bytes > MAX_UNSENT_BYTES:
             await self._barrier(client, timeout_s)
         return client
 
-    async def _hand_over(
-        self, client: Client, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
+    def _hand_over(
+        self, client: WireClient, subject: str, payload: bytes, reply: str = "", headers: bytes = b""
     ) -> None:
-        self._check_size(subject, len(payload) + _header_bytes(headers))  # nats-py counts no headers
+        self._check_size(subject, len(payload) + (len(headers) + HEADERS_BYTES if headers else 0))
         try:
-            await client.publish(subject, payload, reply, headers)
-        except CLIENT_ERRORS as error:
+            client.send(subject, payload, reply, headers)
+        except SEND_ERRORS as error:
             raise _translated(error, subject, self.url) from error
 
     def _check_size(self, subject: str, size: int) -> None:
         if size > self.max_payload:  # the server would close the connection
             raise PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
 
-    def _unsent_bytes(self, client: Client) -> int:
-        return client.pending_data_size + self._outbox.waiting_bytes
+    def _register_on(self, client: WireClient, registration: Registration) -> None:
+        receive = partial(self.guard, registration.subject, registration.receive)
+        registration.current = client, client.listen(registration.subject, receive)
 
-    async def _register_on(self, client: Client, registration: Registration) -> None:
-        async def deliver(message: Msg) -> None:
-            self._delivering = True  # answers given at once need not wait for the end of the turn
-            try:
-                self.guard(registration.subject, registration.receive, message)
-            finally:
-                self._delivering = False
-            if await self._flush() >= MANY:
-                await asyncio.sleep(0)  # let them leave now: the next frame is a millisecond's work
-
-        subscription = await client.subscribe(
-            registration.subject, cb=deliver,
-            pending_msgs_limit=MAX_PENDING_MESSAGES, pending_bytes_limit=MAX_PENDING_BYTES,
-        )  # fmt: skip
-        if registration in self._registrations:
-            registration.current = subscription
-        else:  # stopped while the connection was coming back
-            await subscription.unsubscribe()
-
-    async def _barrier(self, client: Client, timeout_s: float) -> None:
+    async def _barrier(self, client: WireClient, timeout_s: float) -> None:
         """Return when the server has handled everything handed to `client` before. Raises Unavailable."""
-        await self._flush()
+        self._flush()
         token, future = self._answers.expect("the server", timeout_s)
         self._barriers.add(future)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.publish(self._answers.reply_to(token), b"")
+                client.send(self._answers.reply_to(token), b"")
                 await future
-        except (Timeout, *CLIENT_ERRORS) as error:
+        except (Timeout, TimeoutError, *SEND_ERRORS) as error:
             raise Unavailable(f"the NATS server at {self.url} took nothing for {timeout_s:g} s: try again") from error
         finally:
             self._barriers.discard(future)
@@ -402,27 +374,27 @@ class NatsConnection:
         self._flush_soon()
 
     def _flush_soon(self) -> None:
-        if not self._delivering and (self._flushing is None or self._flushing.done()):
-            self._flushing = self._loop.create_task(self._flush())
+        """At the end of this turn, or of this run of messages that are being delivered."""
+        delivering = self._client is not None and self._client.delivering
+        if not delivering and not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
 
-    async def _flush(self) -> int:
-        """Send what waits in the outbox; returns how many messages that were.
-
-        A connection that was lost in this very turn drops it, as its own buffer.
-        """
-        sent = 0
+    def _flush(self) -> None:
+        """Send what waits in the outbox. A connection that was lost in this very turn drops it, as its own buffer."""
+        self._flush_is_due = False
         for subject, parcel in self._outbox.take():
-            sent += len(parcel.tokens) or 1
             to, reply, asking = self._envelope(subject, parcel)
             try:
                 if self._client is None:
                     raise nats_errors.ConnectionClosedError
-                await self._client.publish(to, parcel.payload, reply)
-            except (UnicodeEncodeError, *CLIENT_ERRORS) as error:  # one that cannot go must not keep the others
+                self._client.send(to, parcel.payload, reply)
+            except SEND_ERRORS as error:  # one that cannot go must not keep the others
                 for token in asking:
                     self._answers.fail(token, _translated(error, subject, self.url))
                 log.warning("not sent", subject=to, messages=len(parcel.tokens), error=str(error))
-        return sent
+        if self._client is not None:
+            self._client.write_out()
 
     def _envelope(self, subject: str, parcel: Parcel) -> tuple[str, str, tuple[int, ...]]:
         """(subject, reply, the tokens of the questions) of a parcel; an answer has neither of the latter."""
@@ -432,15 +404,15 @@ class NatsConnection:
             return (subject if parcel.is_frame else f"{subject}{parcel.tokens[0]}"), "", ()
         return subject, self._answers.reply_to(*parcel.tokens), parcel.tokens
 
-    async def _on_answer(self, message: Msg) -> None:
+    def _on_answer(self, subject: str, _: str, payload: bytes, headers: bytes) -> None:
         try:
-            if message.headers is not None and message.headers.get("Status") == NO_RESPONDERS:
-                self._answers.nobody_listens(message.subject)
+            if headers.startswith(NO_RESPONDERS):
+                self._answers.nobody_listens(subject)
             else:
-                self._answers.arrived(message.subject, message.data)
+                self._answers.arrived(subject, payload)
         except (InvalidInput, ValueError) as error:
             self.client_errors += 1
-            log.warning("answer ignored", subject=message.subject, error=str(error))
+            log.warning("answer ignored", subject=subject, error=str(error))
 
     def _on_error(self, error: Exception, *, quiet: bool) -> None:
         self._last_error = str(error) or type(error).__name__
@@ -454,7 +426,7 @@ class NatsConnection:
             log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
 
 
-async def _end_client(client: Client) -> None:
+async def _end_client(client: WireClient) -> None:
     # Closing waits for unsent bytes to leave, which on a dead link is for ever: abort drops them. nats-py has no
     # public way to do it.
     writer = getattr(getattr(client, "_transport", None), "_io_writer", None)
@@ -467,21 +439,9 @@ async def _end_client(client: Client) -> None:
         log.debug("nats client did not close", error=f"{type(error).__name__}: {error}")
 
 
-@lru_cache(maxsize=1_024)  # they are few, and each is asked again and again
-def _may_be_asked(subject: str) -> bool:
-    """Not what would end the protocol's line, or begin another; nor what would be taken for an answer."""
-    return re.search(r"\s|^$", subject) is None and not subject.endswith(INBOX_MARK)
-
-
 def _translated(error: Exception, subject: str, url: str) -> FerryError:
     if isinstance(error, nats_errors.MaxPayloadError):
         return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
     if isinstance(error, (nats_errors.BadSubjectError, UnicodeEncodeError)):
         return InvalidInput(f"{subject!r} is no NATS subject: remove blanks and empty tokens")
-    if not isinstance(error, nats_errors.Error):
-        return Timeout(f"connection to NATS at {url} broke ({error}): it may have arrived or not, try again")
     return Unavailable(f"not connected to NATS at {url} ({error}): try again")
-
-
-def _header_bytes(headers: dict[str, str] | None) -> int:
-    return 14 + sum(len(name) + len(value) + 4 for name, value in headers.items()) if headers else 0

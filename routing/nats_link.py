@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
-from nats.aio.msg import Msg
 
 from routing.errors import (
     FerryError,
@@ -122,13 +121,13 @@ class NatsLink:
     async def subscribe(self, subject: str, handler: Handler) -> _LinkSubscription:
         connection = self._connection
 
-        def receive(message: Msg) -> None:
-            inbox, frame, _ = message.reply.rpartition(FRAME_MARK)
+        def receive(to: str, reply: str, data: bytes, _headers: bytes) -> None:
+            inbox, frame, _ = reply.rpartition(FRAME_MARK)
             if not frame:
-                handler(Message(subject=message.subject, payload=message.data, reply=message.reply))
+                handler(Message(subject=to, payload=data, reply=reply))
                 return
-            for token, payload in unpack(message.data):
-                asked = Message(subject=message.subject, payload=payload, reply=f"{inbox}{INBOX_MARK}{token}")
+            for token, payload in unpack(data):
+                asked = Message(subject=to, payload=payload, reply=f"{inbox}{INBOX_MARK}{token}")
                 connection.guard(subject, handler, asked)  # what one is to it must not cost the others
 
         return _LinkSubscription(connection, await connection.subscribe(subject, receive))
@@ -140,20 +139,16 @@ class NatsLink:
     ) -> int:  # fmt: skip
         """See Link.append. WrongSequence also means that another append on the subject is still in flight (three
         replicas): either way, read again before deciding again."""
-        headers: dict[str, str] = {}
-        if expected is not None:
-            headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+        headers = b"" if expected is None else b"Nats-Expected-Last-Subject-Sequence: %d\r\n" % expected
         if rollup:
-            headers["Nats-Rollup"] = "sub"
+            headers += b"Nats-Rollup: sub\r\n"
         if ttl_s is not None:
-            headers["Nats-TTL"] = f"{max(MIN_TTL_S, math.ceil(ttl_s))}s"
+            headers += b"Nats-TTL: %ds\r\n" % max(MIN_TTL_S, math.ceil(ttl_s))
         if discard:
-            headers["KV-Operation"] = "DEL"
+            headers += b"KV-Operation: DEL\r\n"
             payload = b""
         try:
-            acknowledged = await self._connection.request_alone(
-                subject, payload, timeout_s=timeout_s, headers=headers or None
-            )
+            acknowledged = await self._connection.request_alone(subject, payload, timeout_s=timeout_s, headers=headers)
         except Timeout as error:
             raise InDoubt(
                 f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message to learn the outcome"
@@ -224,7 +219,7 @@ class _LinkSubscription:
         self._connection, self._registration = connection, registration
 
     async def stop(self) -> None:
-        await self._connection.unsubscribe(self._registration)
+        self._connection.unsubscribe(self._registration)
 
 
 class _LinkWatch:

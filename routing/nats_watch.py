@@ -11,11 +11,11 @@ import uuid
 
 import orjson
 import structlog
-from nats.aio.msg import Msg
 
 from routing.errors import Timeout, Unavailable
 from routing.link import Entry, EntryHandler
 from routing.nats_connection import NatsConnection, Registration
+from routing.nats_wire import headers_of
 
 log = structlog.get_logger("ferry.watch")
 
@@ -134,7 +134,7 @@ class _Round:
         self.broken.set()
         registration, self._registration = self._registration, None
         if registration is not None:
-            await self._connection.unsubscribe(registration)
+            self._connection.unsubscribe(registration)
         created, self._created = self._created, False
         if not created:
             return
@@ -156,23 +156,21 @@ class _Round:
                     log.warning("watch went silent", subject=self._subject, silent_s=round(silent_s, 2))
                     self.broken.set()
 
-    def _receive(self, message: Msg) -> None:
+    def _receive(self, subject: str, reply: str, payload: bytes, raw_headers: bytes) -> None:
         self._heard_at = self._loop.time()
         if self.broken.is_set():
             return
-        headers = message.headers or {}
+        headers = headers_of(raw_headers) if raw_headers else {}
         if headers.get("Status"):  # a heartbeat, which names the last entry the server has sent
             if int(headers.get("Nats-Last-Consumer", self._delivered)) != self._delivered:
                 self._lost(f"heartbeat after {headers['Nats-Last-Consumer']}")
             return
-        sequence, consumer_sequence, pending = _positions(message.reply)
+        sequence, consumer_sequence, pending = _positions(reply)
         if consumer_sequence != self._delivered + 1:
             self._lost(f"entry {consumer_sequence}")
             return
         removed = headers.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
-        entry = Entry(
-            sequence=sequence, subject=message.subject, payload=b"" if removed else message.data, removed=removed
-        )
+        entry = Entry(sequence=sequence, subject=subject, payload=b"" if removed else payload, removed=removed)
         try:
             self._handler(entry)
         finally:  # an entry whose handler raised counts as delivered

@@ -1,0 +1,172 @@
+"""nats-py's client with a short way for messages: delivered where they are read, written where they are sent.
+
+nats-py connects, authenticates, upgrades to TLS, notices a dead link and closes. But it hands each message that comes
+to a queue and a task of its subscription, and each one that goes to the queue and the task of its flusher: turns of the
+event loop, and as much processor time as all that Ferry does with the message. So these verbs of the NATS protocol are
+spoken here, between the transport and nats-py, which hears everything else the server says:
+
+    SUB subject sid     UNSUB sid     PUB subject reply size     HPUB subject reply headers size
+    MSG subject sid reply size        HMSG subject sid reply headers size
+
+What this needs beyond nats-py 2.16's public interface is the transport that a client writes to;
+tests/contract/test_nats_wire.py holds what is expected of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+from nats.aio.client import Client
+from nats.errors import BadSubjectError, ConnectionClosedError, ProtocolError
+
+# subject, reply ("" when nobody waits), payload, headers as they came (b"" when there are none)
+Receive = Callable[[str, str, bytes, bytes], None]
+
+_LINE_END = b"\r\n"
+_MESSAGES, _HMSG = (b"MSG ", b"HMSG "), 4
+_NOT_IN_SUBJECTS = re.compile(r"\s|^$")
+
+
+class WireClient(Client):
+    """A nats-py client whose messages go the short way. Everything before and after them is nats-py's.
+
+    While messages that came together are handed to their receivers, `delivering` is set; then `delivered` is called.
+    """
+
+    def __init__(self, delivered: Callable[[], object]) -> None:
+        super().__init__()
+        self.delivering = False
+        self.receivers: dict[bytes, Receive] = {}
+        self.delivered = delivered
+        self._listened = 0
+        self._loop = asyncio.get_running_loop()
+        self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
+        self._out: asyncio.Transport
+
+    async def connect(self, *arguments: Any, **options: Any) -> None:
+        await super().connect(*arguments, **options)
+        writer: asyncio.StreamWriter = self._transport._io_writer  # type: ignore[union-attr]
+        self._out = cast(asyncio.Transport, writer.transport)  # after TLS has taken its place
+        self._out.set_protocol(_Messages(self, cast(asyncio.Protocol, self._out.get_protocol())))
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._out.get_write_buffer_size() + self._gathered_bytes
+
+    def listen(self, subject: str, receive: Receive) -> bytes:
+        """Have `receive` called, in order, with whatever comes on `subject`. It must not raise.
+
+        Returns what to stop it by. Raises BadSubjectError, UnicodeEncodeError, ConnectionClosedError.
+        """
+        tokens = subject.split(".")
+        if "" in tokens or ">" in tokens[:-1] or _NOT_IN_SUBJECTS.search(subject):
+            raise BadSubjectError
+        self._listened += 1
+        sid = b"f%d" % self._listened  # nats-py's own are numbers
+        self.receivers[sid] = receive
+        self._gather(b"SUB %b %b\r\n" % (subject.encode(), sid))
+        return sid
+
+    def stop_listening(self, sid: bytes) -> None:
+        """Idempotent; with the connection closed there is nobody to be told."""
+        if self.receivers.pop(sid, None) is not None and not self._out.is_closing():
+            self._gather(b"UNSUB %b\r\n" % sid)
+
+    def send(self, subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> None:
+        """Publish; `headers` are lines, each with its end. Leaves with all that is sent in this turn of the event loop.
+
+        Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
+        """
+        if _NOT_IN_SUBJECTS.search(subject) or " " in reply:
+            raise BadSubjectError
+        if headers:
+            head, body = b"NATS/1.0\r\n%b\r\n" % headers, len(payload)
+            line = f"HPUB {subject} {reply} {len(head)} {len(head) + body}\r\n".encode()
+            self._gather(b"%b%b%b\r\n" % (line, head, payload))
+        else:
+            self._gather(b"%b%b\r\n" % (f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload))
+
+    def _gather(self, message: bytes) -> None:
+        if self._out.is_closing():  # nobody else may have heard of it yet, and what is written now goes nowhere
+            raise ConnectionClosedError
+        if not self._gathered:
+            self._loop.call_soon(self.write_out)
+        self._gathered.append(message)
+        self._gathered_bytes += len(message)
+
+    def write_out(self) -> None:
+        """Write what was sent in this turn, in one go: to write costs as much as all else about a message."""
+        if self._gathered:
+            messages, self._gathered, self._gathered_bytes = self._gathered, [], 0
+            self._out.writelines(messages)
+
+
+class _Messages(asyncio.Protocol):
+    """Takes the messages out of what the server sends; nats-py's own protocol gets the rest, as if it came to it.
+
+    What has not come whole waits in pieces, which are joined once: a large message comes in many.
+    """
+
+    def __init__(self, client: WireClient, rest: asyncio.Protocol) -> None:
+        self._client, self._rest = client, rest
+        self._pieces: list[bytes] = []
+        self._held_bytes = self._needed_bytes = 0
+        self.eof_received, self.connection_lost = rest.eof_received, rest.connection_lost  # type: ignore[method-assign]
+        self.pause_writing, self.resume_writing = rest.pause_writing, rest.resume_writing  # type: ignore[method-assign]
+
+    def data_received(self, data: bytes) -> None:
+        """Raises ProtocolError for what no NATS server sends: that ends the connection."""
+        self._held_bytes += len(data)
+        if self._pieces:
+            self._pieces.append(data)
+            if self._held_bytes < self._needed_bytes:
+                return
+            data, self._pieces = b"".join(self._pieces), []
+        self._client.delivering = True
+        try:
+            at = self._take(data)
+        finally:
+            self._client.delivering = False
+        self._held_bytes = len(data) - at
+        if self._held_bytes:
+            self._pieces = [data[at:]]
+        self._client.delivered()
+        self._client.write_out()
+
+    def _take(self, data: bytes) -> int:
+        """Hand over everything that has come whole; returns where what has not begins."""
+        at, size, self._needed_bytes, receivers = 0, len(data), 0, self._client.receivers
+        while at < size and (line := data.find(_LINE_END, at)) >= 0:
+            begin = line + 2
+            if not data.startswith(_MESSAGES, at):
+                self._rest.data_received(data[at:begin])
+                at = begin
+                continue
+            words = data[at:line].split()
+            try:
+                end = begin + int(words[-1])
+                if end + 2 > size:
+                    self._needed_bytes = end + 2 - at
+                    break
+                head = begin
+                if len(words[0]) == _HMSG:
+                    begin += int(words.pop(-2))
+                _, subject, sid, *reply, _ = words
+            except ValueError as error:
+                raise ProtocolError(f"malformed message {data[at:line][:80]!r}") from error
+            at = end + 2
+            if (receive := receivers.get(sid)) is not None:  # else it crossed the end of its subscription
+                receive(subject.decode(), reply[0].decode() if reply else "", data[begin:end], data[head:begin])
+        return at
+
+
+def headers_of(raw: bytes) -> dict[str, str]:
+    """The headers of a message; `Status` as well where the first line has one, as the server's own messages do."""
+    first, *lines = raw.decode(errors="replace").split("\r\n")
+    found = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    status = first.split()[1:2]
+    return found | {"Status": status[0]} if status else found
