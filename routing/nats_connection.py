@@ -216,13 +216,14 @@ class NatsConnection:
 
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
-        client = await self._ready(BARRIER_TIMEOUT_S)
+        if self._too_much_waits(client := self._attached()):
+            await self._barrier(client, BARRIER_TIMEOUT_S)
         self._hand_over(client, subject, payload, reply)
 
     def answer(self, reply: str, payload: bytes) -> None:
         """Publish to a reply subject without waiting. What is short leaves at the end of this turn, with others."""
         client = self._attached()
-        if client.unsent_bytes + self._outbox.waiting_bytes > MAX_UNSENT_BYTES:
+        if self._too_much_waits(client):
             raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
         self._check_size(reply, len(payload))
         inbox, mark, token = reply.rpartition(INBOX_MARK)
@@ -240,7 +241,8 @@ class NatsConnection:
         if alone or len(payload) > PACKED_BYTES:
             self._flush()  # it must not overtake what was asked before
             return await self.request_alone(subject, payload, timeout_s=timeout_s)
-        client = await self._ready(timeout_s)
+        if self._too_much_waits(client := self._attached()):
+            await self._barrier(client, timeout_s)
         if subject.endswith(INBOX_MARK):  # it would be taken for an answer
             raise _translated(nats_errors.BadSubjectError(), subject, self.url)
         token, future = self._answers.expect(subject, timeout_s)
@@ -259,7 +261,8 @@ class NatsConnection:
 
         `headers` are lines, each with its end.
         """
-        client = await self._ready(timeout_s)
+        if self._too_much_waits(client := self._attached()):
+            await self._barrier(client, timeout_s)
         token, future = self._answers.expect(subject, timeout_s)
         try:
             self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
@@ -269,7 +272,8 @@ class NatsConnection:
 
     async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
         """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
-        client = await self._ready(timeout_s)
+        if self._too_much_waits(client := self._attached()):
+            await self._barrier(client, timeout_s)
         expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
@@ -329,12 +333,9 @@ class NatsConnection:
             raise Unavailable(f"not connected to NATS at {self.url}: reconnecting, try again")
         return client
 
-    async def _ready(self, timeout_s: float) -> WireClient:
-        """The client to hand a message to, once the server has taken enough of those before. Raises Unavailable."""
-        client = self._attached()
-        if client.unsent_bytes + self._outbox.waiting_bytes > MAX_UNSENT_BYTES:
-            await self._barrier(client, timeout_s)
-        return client
+    def _too_much_waits(self, client: WireClient) -> bool:
+        """Whether the server has to take some of what was sent before more is."""
+        return client.unsent_bytes + self._outbox.waiting_bytes > MAX_UNSENT_BYTES
 
     def _hand_over(
         self, client: WireClient, subject: str, payload: bytes, reply: str = "", headers: bytes = b""

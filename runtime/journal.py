@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, assert_never
 
-from routing.address import ActorId, shard_of
+from routing.address import IDS_RECALLED, ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.jsonlike import shown
 from routing.link import Entry, Link
@@ -70,8 +71,14 @@ class Journal:
     """Appends to and reads the logs of actors. Every append names the sequence it follows."""
 
     def __init__(self, link: Link, subjects: Subjects, *, shards_total: int, append_timeout_s: float) -> None:
-        self._link, self._subjects = link, subjects
-        self._shards_total, self._timeout_s = shards_total, append_timeout_s
+        self._link, self._timeout_s = link, append_timeout_s
+
+        @lru_cache(maxsize=IDS_RECALLED)
+        def place_of(actor: ActorId) -> tuple[str, str]:
+            shard = shard_of(actor, shards_total)
+            return subjects.log_of(shard), subjects.events(shard, actor)
+
+        self._place_of = place_of  # (stream, subject) of an actor's log
 
     async def append(self, actor: ActorId, record: Record, *, after: int) -> int:
         """Store `record` after version `after`; returns the new version.
@@ -79,9 +86,9 @@ class Journal:
         Raises WrongSequence (read the tail, then decide again), InDoubt (as well: it may land even later),
         Unavailable (nothing was stored), PayloadTooLarge.
         """
-        shard = shard_of(actor, self._shards_total)
+        _, subject = self._place_of(actor)
         return await self._link.append(
-            self._subjects.events(shard, actor), encode_record(record), expected=after, timeout_s=self._timeout_s,
+            subject, encode_record(record), expected=after, timeout_s=self._timeout_s,
             rollup=record.kind is Kind.SNAPSHOT,
         )  # fmt: skip
 
@@ -92,7 +99,7 @@ class Journal:
 
     async def load(self, actor: ActorId) -> History:
         """The log from its latest snapshot on. Raises Timeout, Unavailable, StateNotPortable for a damaged log."""
-        stream = self._subjects.log_of(shard_of(actor, self._shards_total))
+        stream, _ = self._place_of(actor)
         for _ in range(LOAD_ATTEMPTS):
             last = await self._last(actor)
             if last is None:
@@ -114,7 +121,7 @@ class Journal:
         last_sequence, last = tail
         if version not in last.trail:
             return None
-        stream = self._subjects.log_of(shard_of(actor, self._shards_total))
+        stream, _ = self._place_of(actor)
         between = [sequence for sequence in last.trail if sequence > version]
         entries = await self._link.read(stream, between, timeout_s=self._timeout_s)
         records = [(entry.sequence, decode_record(entry.payload)) for entry in entries if entry is not None]
@@ -123,9 +130,8 @@ class Journal:
         return History(version=last_sequence, epoch=last.epoch, records=(*records, (last_sequence, last)))
 
     async def _last(self, actor: ActorId) -> Entry | None:
-        shard = shard_of(actor, self._shards_total)
-        subject = self._subjects.events(shard, actor)
-        return await self._link.last(self._subjects.log_of(shard), subject, timeout_s=self._timeout_s)
+        stream, subject = self._place_of(actor)
+        return await self._link.last(stream, subject, timeout_s=self._timeout_s)
 
 
 def encode_record(record: Record) -> bytes:

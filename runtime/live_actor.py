@@ -13,6 +13,7 @@ from routing.address import ActorId
 from routing.envelope import Answer, Command
 from routing.errors import FerryError, HandlerFailed, InvalidInput, PermanentError, Rejected
 from runtime import actor as actors
+from runtime import rules
 from runtime.actor import Actor, Handler
 from runtime.codec import aside, capture_state, pack, restore_state, unpack
 from runtime.delivery import Delivery
@@ -71,6 +72,10 @@ class LiveActor:
         self.instance, self.memory = instance, memory
         self.version, self.epoch, self.trail = version, epoch, trail
         self.dirty = self.unverified = False
+
+    def is_current(self, *, fence: int) -> bool:
+        """Whether the instance is known to be the end of its log, and that to be beyond its unit's fence."""
+        return not (self.dirty or self.unverified or rules.must_claim(tail_epoch=self.epoch, fence=fence))
 
     def stored(self, record: Record, version: int) -> None:
         """`record`, whose events the instance already has, landed in the log as `version`."""

@@ -76,12 +76,12 @@ class Mailboxes:
         that somebody still waits for it.
         """
         live = unit.actors.get(command.actor)
-        if live is None or live.running or live.dirty or live.unverified or live.inbox:
+        if live is None or live.instance is None or live.running or live.inbox or not live.is_current(fence=unit.fence):
             return None
-        if command.linearizable or command.session or rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
-            return None
-        handler = self._classes.get(command.actor.actor_type).handlers.get(command.name)
+        handler = live.instance.handlers.get(command.name)
         if handler is None or handler.kind != "query" or handler.is_async or not handler.fits(command.arguments):
+            return None
+        if command.linearizable or command.session:
             return None
         if not self._may_serve() or handler.function in self._waiting_queries:
             return None
@@ -211,10 +211,15 @@ class Mailboxes:
         what the log says, and never the same append sent again. Raises OutOfOrder and SessionExpired.
         """
         command = delivery.command
-        await self.make_current(unit, live)
+        if not live.is_current(fence=unit.fence):
+            await self.make_current(unit, live)
         if isinstance(handler, Handler) and handler.kind == "query":
             return await self._query(unit, live, handler, command)
-        known = await self._known_answer(unit, live, command)
+        assert live.memory is not None
+        if command.number:
+            known = await self._known_in_session(unit, live, command)
+        else:
+            known = live.memory.commands.answer_to(command.message_id)
         if known is not None:
             self._host.counters["duplicates"] += 1
             return known
@@ -256,15 +261,13 @@ class Mailboxes:
                 raise OutOfOrder(f"command {command.after} of this session has not reached {live.actor_id} yet")
         return await live.ask(handler, command)
 
-    async def _known_answer(self, unit: Unit, live: LiveActor, command: Command) -> Answer | None:
-        """The answer given before, or None when the command is to be decided now.
+    async def _known_in_session(self, unit: Unit, live: LiveActor, command: Command) -> Answer | None:
+        """The answer given before to a command of a session, or None when it is to be decided now.
 
         Raises OutOfOrder and SessionExpired, never before the end of the log has been read: an owner that missed
         something would send its callers away for ever.
         """
         assert live.memory is not None
-        if not command.number:
-            return live.memory.commands.answer_to(command.message_id)
         if self._admit(live, command) in (Admission.GAP, Admission.EXPIRED):
             await self._look_again(unit, live)
         sessions = live.memory.sessions
