@@ -97,7 +97,7 @@ class StepContext:
         return ahead is not None and ahead.relieves(step)
 
     async def relieves(self, move_id: str, step: str) -> bool:
-        """The same, once it is certain of the last step that this process is just about to take."""
+        """The same, once it is certain of the last step that this process is just about to take. Raises its refusal."""
         ahead = self._ahead.get(move_id)
         return ahead is not None and await ahead.take(step)
 
@@ -373,6 +373,12 @@ class Worker:
         """Whether the task of a step has nothing to do for any of the moves: then no thread has to wait for another."""
         context = self._context
         return context is not None and all(context.relieved(move_id, step) for move_id in move_ids)
+
+    def begin(self, act: Callable[[StepContext, str], object], move_ids: Sequence[str]) -> None:
+        """Have the loop call `act` for each move soon. For what a `relieved` step leaves to be begun."""
+        assert self._context is not None
+        for move_id in move_ids:
+            self._loop.call_soon_threadsafe(act, self._context, move_id)
 
     def run(self, act: Callable[[StepContext], Coroutine[Any, Any, T]]) -> T:
         """Run `act` on the loop and wait for it, at most the task time limit. Raises Timeout after that."""

@@ -29,8 +29,8 @@ actor's log before its first use. So a step may run twice, late, or days later, 
 that no longer applies returns quietly, and what nobody drives on is ended from the map (workflows/coordinator.py).
 
 Why it is fast: steps 2 to 5 follow from the pause and can be repeated, so the worker has them taken in one go, and
-recorded, while Celery hands the chain on; their tasks find them taken (workflows/ahead.py). COMMIT waits for its own
-task.
+recorded, while Celery hands the chain on; their tasks find them taken (workflows/ahead.py). COMMIT is asked for when
+the chain has come to `await_ack`, while Celery hands it on to `delete`.
 
 Example: `ferry migrate shard/17 --to b --wait`, then `ferry migration ID` shows when each step was reached. An actor
 that is moved by hand is a unit of its own, with a key of its own in the map, and goes the same way.
@@ -192,27 +192,24 @@ Act = Callable[[StepContext, Move], Awaitable[Move]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its name, what it does, how urgent it is, and whether it may be taken ahead of its task.
-
-    It may when it follows from the pause and ABORT undoes it.
-    """
+    """One step: its name, what it does, and how urgent it is."""
 
     name: str
     act: Act
     priority: int
-    may_run_ahead: bool = False
 
 
 CHAIN: tuple[Step, ...] = (
     Step("pause", pause, PRIORITY_PAUSE),
-    Step("capture", capture, PRIORITY_BEGUN, may_run_ahead=True),
-    Step("serialize", serialize, PRIORITY_BEGUN, may_run_ahead=True),
-    Step("send", send, PRIORITY_BEGUN, may_run_ahead=True),
-    Step("await_ack", await_ack, PRIORITY_BEGUN, may_run_ahead=True),
+    Step("capture", capture, PRIORITY_BEGUN),
+    Step("serialize", serialize, PRIORITY_BEGUN),
+    Step("send", send, PRIORITY_BEGUN),
+    Step("await_ack", await_ack, PRIORITY_BEGUN),
     Step("delete", delete, PRIORITY_BEGUN),
 )
 assert tuple(step.name for step in CHAIN) == STEPS
-AHEAD = tuple(step.name for step in CHAIN if step.may_run_ahead)
+PAUSE, *PREPARING, DELETE = CHAIN  # the steps in between follow from the pause, and ABORT undoes them
+AWAIT_ACK = PREPARING[-1]
 
 
 async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
@@ -221,6 +218,7 @@ async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> 
     A step before it that is not recorded, because its worker died too early, is taken again first.
     """
     if attempt == 0 and await context.relieves(move_id, step.name):
+        go_on_ahead(step, context, move_id)
         return
     async with context.turn(move_id):
         await _take(step, context, move_id, attempt)
@@ -234,28 +232,34 @@ async def _take(step: Step, context: StepContext, move_id: str, attempt: int) ->
             move = await context.recall(move_id, fresh=True)
     while move is not None and move.status not in TERMINAL and _place(move.step) <= _place(step.name):
         due = CHAIN[_place(move.step)]
-        done = await _act(due, context, move, attempt)
+        try:
+            done = await _act(due, context, move, attempt)
+        except WrongSequence:
+            move = await context.recall(move_id, fresh=True)
+            if move is None or move.status not in TERMINAL:
+                raise
+            continue  # another worker, or whoever ends moves, has recorded the end meanwhile
         if due is step:
-            _run_ahead(step, context, done)
+            go_on_ahead(step, context, move_id, done)
             return
         move = await context.recall(move_id)
     log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
 
 
-def _run_ahead(step: Step, context: StepContext, done: Move) -> None:
-    """After the pause, go on with the steps up to COMMIT while Celery hands the chain on to them."""
-    if step is CHAIN[0] and done.status not in TERMINAL:
-        context.run_ahead(done.id, AHEAD, partial(_go_on, context, done))
+def go_on_ahead(step: Step, context: StepContext, move_id: str, done: Move | None = None) -> None:
+    """Begin to take what may be taken while Celery hands the chain on from a step that is `done`, or was before."""
+    if step is PAUSE and done is not None and done.status not in TERMINAL:
+        context.run_ahead(move_id, [step.name for step in PREPARING], partial(_prepare_ahead, context, done))
+    elif step is AWAIT_ACK:
+        context.run_ahead(move_id, [DELETE.name], partial(_commit_ahead, context, move_id))
     else:
-        context.write_down(done.id)
+        context.write_down(move_id)
 
 
-async def _go_on(context: StepContext, move: Move, ahead: Ahead) -> None:
-    """Steps ahead of their tasks, as far as the source has taken them. The next one's own task goes on from there."""
-    await context.prepare(move, AHEAD)
-    for step in CHAIN:
-        if not step.may_run_ahead:
-            continue
+async def _prepare_ahead(context: StepContext, move: Move, ahead: Ahead) -> None:
+    """The steps up to COMMIT, as far as the source has taken them. The next one's own task goes on from there."""
+    await context.prepare(move, [step.name for step in PREPARING])
+    for step in PREPARING:
         if not context.is_prepared(move.id, step.name):
             return
         context.failpoints.hit(f"{step.name}.begin")
@@ -264,9 +268,20 @@ async def _go_on(context: StepContext, move: Move, ahead: Ahead) -> None:
         ahead.taken(step.name)
 
 
+async def _commit_ahead(context: StepContext, move_id: str, ahead: Ahead) -> None:
+    """COMMIT, once the steps before it are on record. A refusal is kept for its task, as that one's first try."""
+    try:
+        async with context.turn(move_id):
+            await _take(DELETE, context, move_id, 0)
+    except (PermanentError, TransientError, InDoubt) as error:
+        ahead.refused(error)
+        raise
+    ahead.taken(DELETE.name)
+
+
 async def _act(step: Step, context: StepContext, move: Move, attempt: int) -> Move:
     """One step. An error that ends the move is written into its record first, because the rollback runs elsewhere."""
-    plan = await context.store.plan(move.plan_id) if step is CHAIN[0] else None
+    plan = await context.store.plan(move.plan_id) if step is PAUSE else None
     if plan is not None and plan.cancelled:
         return await context.settle(move.id, error="its plan was cancelled") or move
     try:
@@ -291,7 +306,7 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
 
     Raises what may pass, and then all are tried again: those that have taken the step say so quietly.
     """
-    if step is CHAIN[0] and attempt == 0:
+    if step is PAUSE and attempt == 0:
         await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
     outcomes = await asyncio.gather(
         *(take(step, context, move_id, attempt) for move_id in move_ids), return_exceptions=True
@@ -313,7 +328,7 @@ async def _copy_ahead(context: StepContext, move_id: str) -> None:
     """LOCK one move of a convoy and copy it ahead, before the gate of any is closed. `pause` tells what fails."""
     async with context.turn(move_id):
         move = await context.recall(move_id)
-        if move is None or move.step != CHAIN[0].name:
+        if move is None or move.step != PAUSE.name:
             return
         try:
             entry = await context.lock(move)
@@ -334,14 +349,16 @@ def _task_for(step: Step) -> Any:
 
     @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)
     def task(self: Task, *move_ids: str) -> None:
-        retries = self.request.retries
-        if not retries and Worker.get(settings).relieved(step.name, move_ids):
+        retries, worker = self.request.retries, Worker.get(settings)
+        if not retries and worker.relieved(step.name, move_ids):
+            if step is AWAIT_ACK:
+                worker.begin(partial(go_on_ahead, step), move_ids)
             return
         try:
             if len(move_ids) == 1:
-                Worker.get(settings).run(lambda context: take(step, context, move_ids[0], retries))
+                worker.run(lambda context: take(step, context, move_ids[0], retries))
                 return
-            lost = Worker.get(settings).run(lambda context: take_together(step, context, move_ids, retries))
+            lost = worker.run(lambda context: take_together(step, context, move_ids, retries))
         except (TransientError, InDoubt) as error:
             countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
             log.warning("step failed", step=step.name, moves=move_ids, retries=retries, error=str(error))
