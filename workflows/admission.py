@@ -2,8 +2,8 @@
 
 A chain of six tasks costs its worker about the same however much it carries, so shards of few actors that go the same
 way share one: a convoy. Its bounds are those of what stands still at once: chains per node, actors and bytes per chain,
-and actors per node, which follow how long moves take: fewer after one that took longer than the blackout budget, more
-again after those that did not. A shard of more than that goes alone.
+and actors per node, which follow how long moves stand still: fewer after one that took longer than the blackout budget,
+more again after those that did not. A shard of more than that goes alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ log = structlog.get_logger("ferry.admission")
 CHAIN_ACTORS = 256  # of a convoy: about 30 ms of work for each node, all of it while its actors stand still
 CHAIN_BYTES = 2**20  # of their state: 20 ms on the wire at 50 MB/s
 
+ENDED_MOST = 64
 ROOM_MOST, ROOM_LEAST, ROOM_STEP = 2 * CHAIN_ACTORS, 32, 16  # one chain runs whatever its shard holds
 
 
@@ -49,7 +50,7 @@ class Admission:
         self._launch, self._moves_at_once, self._wall_clock = launch, moves_at_once, wall_clock
         self._moves_per_chain, self._budget_s = moves_per_chain, blackout_budget_s
         self._room = ROOM_MOST  # actors of a node that may stand still at once, as the budget has allowed lately
-        self._locked_at: dict[str, float] = {}  # move -> when the map told of its lock
+        self._ended = deque[str](maxlen=ENDED_MOST)  # lately; how long they stood still is not known yet
 
     @property
     def busy(self) -> bool:
@@ -63,22 +64,30 @@ class Admission:
         self.running = {move.id: move for move in moves if move.started_at is not None}
 
     def forget_all(self) -> None:
-        self.waiting, self.running, self._locked_at = {}, {}, {}
+        self.waiting, self.running = {}, {}
+        self._ended.clear()
 
     def add(self, moves: Iterable[Move]) -> None:
         self.waiting.update({move.id: move for move in moves})
 
     def on_map(self, unit: str, entry: MapEntry) -> bool:
         """A move that the map has ended makes room before its record is written. True when there is room now."""
-        locked, last = entry.ownership.move, entry.ownership.last
-        if locked in self.running:
-            self._locked_at.setdefault(locked, self._wall_clock())
-        if last is not None and last.move in self._locked_at:
-            self._adapt(self._wall_clock() - self._locked_at.pop(last.move))
+        last = entry.ownership.last
         if last is None or self.running.pop(last.move, None) is None:
             return False
+        self._ended.append(last.move)
         log.info("move ended", move=last.move, unit=unit, outcome=last.outcome)
         return True
+
+    async def _learn(self) -> None:
+        """Read how long the moves that ended stood still, as far as their records tell already."""
+        for move_id in list(self._ended):
+            move = await self._store.move(move_id)
+            if move is not None and move.status not in TERMINAL:
+                continue
+            self._ended.remove(move_id)
+            if move is not None and move.blackout_ms is not None:
+                self._adapt(move.blackout_ms / 1000)
 
     def _adapt(self, stood_s: float) -> None:
         """Less may stand still at once after a move that took longer than the budget, a little more after another."""
@@ -97,7 +106,6 @@ class Admission:
         """Launch what there is room for. Raises Unavailable when Redis cannot take it; it then still waits."""
         chains = {(move.source, move.destination, _chain_of(move)) for move in self.running.values()}
         busy = Counter(node for source, destination, _ in chains for node in (source, destination))
-        self._locked_at = {move_id: at for move_id, at in self._locked_at.items() if move_id in self.running}
         still = Counter[str]()  # actors of each node that stand still, or soon will
         for move in self.running.values():
             still.update({move.source: move.actors_total, move.destination: move.actors_total})
@@ -111,6 +119,8 @@ class Admission:
                 busy.update((move.source, move.destination))
                 for node in (move.source, move.destination):
                     still[node] += sum(one.actors_total for one in convoy)
+        if self.waiting:
+            await self._learn()
 
     def _convoy(self, first: Move) -> list[Move]:
         """`first` and those behind it that go the same way, as many as may stand still together."""

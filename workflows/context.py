@@ -31,8 +31,10 @@ from routing.shard_map import Outcome
 from routing.subjects import Subjects
 from workflows import settlement
 from workflows.ahead import Ahead
+from workflows.foreground import collect_less_often
 from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move, advance
 from workflows.settlement import Settlement
+from workflows.standing_still import StandingStill
 from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.context")
@@ -55,6 +57,7 @@ class StepContext:
         self.link, self.subjects, self.directory, self.store = link, subjects, directory, store
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
+        self.standing_still = StandingStill(asyncio.get_running_loop().time)
         self._saving: OrderedDict[str, asyncio.Task[Move]] = OrderedDict()
         self._revisions: OrderedDict[str, int] = OrderedDict()  # of the records as saved behind their steps
         self._unsaved: dict[str, list[tuple[Move, Sequence[ActorRow]]]] = {}
@@ -356,6 +359,7 @@ class Worker:
     _guard = threading.Lock()
 
     def __init__(self, settings: Settings) -> None:
+        collect_less_often()
         self._settings, self._pid = settings, os.getpid()
         self._loop = uvloop.new_event_loop()
         self._context: StepContext | None = None

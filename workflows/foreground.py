@@ -31,16 +31,17 @@ def run_until_stopped(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]
 
     Being killed is safe at any point, it only costs the failover time. What `serve` raises rises.
     """
-    _collect_less_often()
+    collect_less_often()
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(_serve_with_signals(serve))
 
 
-def _collect_less_often() -> None:
+def collect_less_often() -> None:
     """Leave what is loaded by now out of garbage collections, and let them come more rarely.
 
     Live actors are many long-lived objects: by default each full look at a hundred thousand of them stops the process
-    for tens of milliseconds, and the small ones took 8 % of the time of a command when measured.
+    for tens of milliseconds, and the small ones took 8 % of the time of a command when measured. A full look at what
+    Celery alone has loaded is 35 ms, for which every actor on its way would stand still.
     """
     gc.collect()
     gc.freeze()

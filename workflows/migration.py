@@ -164,6 +164,7 @@ async def delete(context: StepContext, move: Move) -> Move:
         if entry is None or entry.ownership.outcome_of(move.id) is not Outcome.COMMITTED:
             raise
         answer = {"blackout_ms": None, "waiting": None}
+    context.standing_still.end(move.id)
     return await context.reached(
         move, MigrationStatus.COMPLETED, blackout_ms=answer["blackout_ms"], messages_buffered=answer["waiting"]
     )
@@ -179,6 +180,7 @@ async def roll_back(context: StepContext, move_id: str, error: str | None) -> No
             await context.ask(node, "resume", move)
         except (TransientError, PermanentError) as reason:
             log.info("not told of the rollback, it will see the map", node=node, move=move_id, error=str(reason))
+    context.standing_still.end(move_id)
 
 
 async def roll_back_together(context: StepContext, move_ids: Sequence[str]) -> None:
@@ -301,13 +303,21 @@ def _place(step: str | None) -> int:
     return STEPS.index(step or STEPS[0])
 
 
+async def drive(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int) -> list[str]:
+    """What one task does: take its step of one move, or of a convoy. Returns and raises as `take_together`."""
+    if step is PAUSE and attempt == 0:
+        await _stand_in_line(context, move_ids)
+    if len(move_ids) > 1:
+        return await take_together(step, context, move_ids, attempt)
+    await take(step, context, move_ids[0], attempt)
+    return []
+
+
 async def take_together(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int) -> list[str]:
     """Take one step of every move of a convoy; returns the moves to be rolled back, while the others go on.
 
     Raises what may pass, and then all are tried again: those that have taken the step say so quietly.
     """
-    if step is PAUSE and attempt == 0:
-        await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
     outcomes = await asyncio.gather(
         *(take(step, context, move_id, attempt) for move_id in move_ids), return_exceptions=True
     )
@@ -324,8 +334,18 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
     return for_good
 
 
+async def _stand_in_line(context: StepContext, move_ids: Sequence[str]) -> None:
+    """Before the first gate of a chain is closed: copy ahead, and let the chain before it commit.
+
+    A move that is alone in its chain, with none before it, is copied ahead by its `pause`.
+    """
+    if len(move_ids) > 1 or context.standing_still.busy:
+        await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
+    await context.standing_still.begin(move_ids)
+
+
 async def _copy_ahead(context: StepContext, move_id: str) -> None:
-    """LOCK one move of a convoy and copy it ahead, before the gate of any is closed. `pause` tells what fails."""
+    """LOCK one move and copy it ahead, with its gate open. `pause` tells what fails."""
     async with context.turn(move_id):
         move = await context.recall(move_id)
         if move is None or move.step != PAUSE.name:
@@ -355,10 +375,7 @@ def _task_for(step: Step) -> Any:
                 worker.begin(partial(go_on_ahead, step), move_ids)
             return
         try:
-            if len(move_ids) == 1:
-                worker.run(lambda context: take(step, context, move_ids[0], retries))
-                return
-            lost = worker.run(lambda context: take_together(step, context, move_ids, retries))
+            lost = worker.run(lambda context: drive(step, context, move_ids, retries))
         except (TransientError, InDoubt) as error:
             countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
             log.warning("step failed", step=step.name, moves=move_ids, retries=retries, error=str(error))

@@ -14,7 +14,7 @@ from tests.unit.cluster import cluster
 from tests.unit.test_races import Shelf, planned, planned_move, worker
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
-from workflows.migration import CHAIN, take, take_together
+from workflows.migration import CHAIN, drive, take
 from workflows.records import MigrationStatus, Move
 
 PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
@@ -206,7 +206,7 @@ async def test_a_convoy_is_copied_ahead_before_the_first_gate_is_closed() -> Non
             begun = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
             moves.append(await shelf.save(begun))
 
-        await take_together(PAUSE, worker(small, shelf), [move.id for move in moves], 0)
+        await drive(PAUSE, worker(small, shelf), [move.id for move in moves], 0)
 
         verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
         asked = [verb for verb in verbs if verb in ("precopy", "pause")]
@@ -324,7 +324,7 @@ async def test_a_convoy_that_comes_twice_is_copied_ahead_by_one_after_the_other(
 
         async def second() -> list[str]:
             await asyncio.sleep(1.03)
-            return await take_together(PAUSE, context, [move.id], 0)
+            return await drive(PAUSE, context, [move.id], 0)
 
         _, lost = await asyncio.gather(take(PAUSE, context, move.id, 0), second())
 

@@ -17,7 +17,7 @@ from tests.unit.virtual_time import virtually, wall_clock
 from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, Admission
 from workflows.context import StepContext
-from workflows.records import Move
+from workflows.records import MigrationStatus, Move
 
 SHARDS = 8
 
@@ -37,14 +37,13 @@ class Desk:
             moves_per_chain=moves_per_chain, blackout_budget_s=0.1, wall_clock=lambda: self.now_s,
         )  # fmt: skip
 
-    def ended(self, name: str, after_s: float) -> None:
-        """The map tells of a move's lock, and after so long of its end."""
-        move = self.shelf.stored[name]
-        view = Ownership(owner="a", incarnation="i", epoch=1, move=name, destination="b")
-        self.admission.on_map(move.unit, MapEntry(view, 2))
-        self.now_s += after_s
-        ended = replace(view, move=None, destination=None, last=LastMove(move=name, outcome=Outcome.ABORTED, epoch=1))
-        self.admission.on_map(move.unit, MapEntry(ended, 3))
+    async def ended(self, name: str, blackout_s: float) -> None:
+        """The map tells of a move's end, and then its record of how long it stood still."""
+        last = LastMove(move=name, outcome=Outcome.COMMITTED, epoch=2)
+        ended = Ownership(owner="b", incarnation="i", epoch=2, last=last)
+        self.admission.on_map(self.shelf.stored[name].unit, MapEntry(ended, 3))
+        completed = replace(self.shelf.stored[name], status=MigrationStatus.COMPLETED, blackout_ms=blackout_s * 1000)
+        await self.shelf.save(completed)
 
     async def _launch(self, *moves: Move) -> None:
         self.chains.append([move.id for move in moves])
@@ -139,11 +138,11 @@ async def test_after_slow_moves_fewer_actors_stand_still_and_after_quick_ones_mo
         async def next_chain(after_s: float) -> int:
             await desk.admission.admit(("a", "b"))
             for name in desk.chains[-1]:
-                desk.ended(name, after_s)
+                await desk.ended(name, after_s)
             return len(desk.chains[-1])
 
-        slow = [await next_chain(0.2) for _ in range(6)]
-        quick = [await next_chain(0.01) for _ in range(12)]
+        slow = [await next_chain(0.2) for _ in range(7)]
+        quick = [await next_chain(0.01) for _ in range(13)]
 
         assert slow[0] == 4
         assert slow[-1] == 1
