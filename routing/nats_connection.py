@@ -29,7 +29,7 @@ from nats import errors as nats_errors
 
 from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.nats_answers import Answers
-from routing.nats_packing import FRAME_BYTES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
+from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
 from routing.nats_wire import Receive, WireClient
 
@@ -371,8 +371,10 @@ class NatsConnection:
 
     # -- messages that travel together -----------------------------------------------------------------------------
     def _pack(self, subject: str, token: int, payload: bytes) -> None:
-        self._outbox.add(subject, token, payload)
-        self._flush_soon()
+        if self._outbox.add(subject, token, payload) >= FRAME_MESSAGES:
+            self._flush()  # a frame is full, and whoever gets it can begin
+        else:
+            self._flush_soon()
 
     def _flush_soon(self) -> None:
         """At the end of this turn, or of this run of messages that are being delivered."""

@@ -53,10 +53,12 @@ class Outbox:
         self._alone: list[tuple[str, bytes]] = []
         self.waiting_bytes = 0
 
-    def add(self, subject: str, token: int, payload: bytes) -> None:
-        """A question to `subject`, or the answer to token `token` of the inbox `subject`."""
-        self._waiting.setdefault(subject, []).append((token, payload))
+    def add(self, subject: str, token: int, payload: bytes) -> int:
+        """A question to `subject`, or the answer to token `token` of the inbox `subject`. How many go there now."""
+        there = self._waiting.setdefault(subject, [])
+        there.append((token, payload))
         self.waiting_bytes += len(payload)
+        return len(there)
 
     def add_alone(self, subject: str, payload: bytes) -> None:
         """An answer to somebody who does not understand frames."""
