@@ -430,11 +430,7 @@ class NatsConnection:
 
 
 async def _end_client(client: WireClient) -> None:
-    # Closing waits for unsent bytes to leave, which on a dead link is for ever: abort drops them. nats-py has no
-    # public way to do it.
-    writer = getattr(getattr(client, "_transport", None), "_io_writer", None)
-    if writer is not None:
-        writer.transport.abort()
+    client.abort()  # or closing would wait for unsent bytes to leave, which on a dead link is for ever
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.close()

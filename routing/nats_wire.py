@@ -19,8 +19,13 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+import structlog
 from nats.aio.client import Client
-from nats.errors import BadSubjectError, ConnectionClosedError, ProtocolError
+from nats.errors import BadSubjectError, ConnectionClosedError
+
+from routing.errors import InvalidInput
+
+log = structlog.get_logger("ferry.nats")
 
 # subject, reply ("" when nobody waits), payload, headers as they came (b"" when there are none)
 Receive = Callable[[str, str, bytes, bytes], None]
@@ -90,6 +95,12 @@ class WireClient(Client):
         else:
             self._gather(b"%b%b\r\n" % (f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload))
 
+    def abort(self) -> None:
+        """Cut the connection, which nats-py has no public way to do; unsent bytes are dropped. Idempotent."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:  # else it never had one
+            writer.transport.abort()
+
     def _gather(self, message: bytes) -> None:
         if self._out.is_closing():  # nobody else may have heard of it yet, and what is written now goes nowhere
             raise ConnectionClosedError
@@ -119,7 +130,7 @@ class _Messages(asyncio.Protocol):
         self.pause_writing, self.resume_writing = rest.pause_writing, rest.resume_writing  # type: ignore[method-assign]
 
     def data_received(self, data: bytes) -> None:
-        """Raises ProtocolError for what no NATS server sends: that ends the connection."""
+        """Ends the connection at what no NATS server sends: to go on from there would be to invent messages."""
         self._held_bytes += len(data)
         if self._pieces:
             self._pieces.append(data)
@@ -129,6 +140,10 @@ class _Messages(asyncio.Protocol):
         self._client.delivering = True
         try:
             at = self._take(data)
+        except InvalidInput as error:
+            log.error("connection ended", error=str(error))
+            self._client.abort()
+            return
         finally:
             self._client.delivering = False
         self._held_bytes = len(data) - at
@@ -146,22 +161,33 @@ class _Messages(asyncio.Protocol):
                 self._rest.data_received(data[at:begin])
                 at = begin
                 continue
-            words = data[at:line].split()
-            try:
-                end = begin + int(words[-1])
-                if end + 2 > size:
-                    self._needed_bytes = end + 2 - at
-                    break
-                head = begin
-                if len(words[0]) == _HMSG:
-                    begin += int(words.pop(-2))
-                _, subject, sid, *reply, _ = words
-            except ValueError as error:
-                raise ProtocolError(f"malformed message {data[at:line][:80]!r}") from error
-            at = end + 2
+            subject, sid, reply, head_bytes, body_bytes = _line(data[at:line])
+            end = begin + body_bytes
+            if end + 2 > size:
+                self._needed_bytes = end + 2 - at
+                break
+            at, body = end + 2, begin + head_bytes
             if (receive := receivers.get(sid)) is not None:  # else it crossed the end of its subscription
-                receive(subject.decode(), reply[0].decode() if reply else "", data[begin:end], data[head:begin])
+                receive(_text(subject), _text(reply), data[body:end], data[begin:body])
         return at
+
+
+def _line(line: bytes) -> tuple[bytes, bytes, bytes, int, int]:
+    """(subject, sid, reply, bytes of headers, bytes of headers and payload) of a message's first line."""
+    verb, *words = line.split()
+    try:
+        body_bytes = int(words.pop())
+        head_bytes = int(words.pop()) if len(verb) == _HMSG else 0
+        subject, sid, reply = words if len(words) == 3 else (*words, b"")
+        if not 0 <= head_bytes <= body_bytes:
+            raise ValueError("more headers than message")
+    except (ValueError, IndexError) as error:
+        raise InvalidInput(f"the NATS server sent the malformed line {line[:80]!r}") from error
+    return subject, sid, reply, head_bytes, body_bytes
+
+
+def _text(word: bytes) -> str:
+    return word.decode("utf-8", "replace")  # NATS lets anybody publish to a subject that is no text
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

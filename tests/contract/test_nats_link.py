@@ -45,6 +45,10 @@ class Proxy:
         for flowing in self._flowing:
             flowing.clear()
 
+    def say(self, garbage: bytes) -> None:
+        """To the client, as if the server had."""
+        self._writers[-2].write(garbage)
+
     def resume(self) -> None:
         for flowing in self._flowing:
             flowing.set()
@@ -225,6 +229,22 @@ async def test_senders_wait_for_a_stalled_link_no_longer_than_it_lives(nats_serv
             while True:
                 await alice.publish("news", bytes(250_000))
 
+    await alice.close()
+
+
+async def test_garbage_from_the_server_costs_the_connection_and_nothing_else(
+    nats_server: NatsServer, proxy: Proxy
+) -> None:
+    """Property: what cannot be read ends this connection, and the next one works."""
+    alice = await NatsLink.connect(await proxy.start(), name="alice")
+    back = asyncio.Event()
+    alice.on_reconnect(back.set)
+
+    proxy.say(b"MSG a f1 x\r\n")
+
+    async with asyncio.timeout(WAIT_S):
+        await back.wait()
+    assert await alice.rtt() > 0
     await alice.close()
 
 

@@ -121,10 +121,8 @@ class Broker:
                 async with asyncio.timeout(context.settings.task_time_limit_s):
                     if task.step == ROLLBACK:
                         await migration.roll_back_together(context, task.move_ids)
-                    elif len(task.move_ids) == 1:
-                        await migration.take(_STEP[task.step], context, task.move_ids[0], task.attempt)
                     else:
-                        lost = await migration.take_together(_STEP[task.step], context, task.move_ids, task.attempt)
+                        lost = await migration.drive(_STEP[task.step], context, task.move_ids, task.attempt)
                         for move_id in lost:
                             self.send(Task((move_id,), ROLLBACK))
             except TimeoutError as error:

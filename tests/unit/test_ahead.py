@@ -18,6 +18,7 @@ from workflows.migration import CHAIN, drive, take
 from workflows.records import MigrationStatus, Move
 
 PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
+WAIT_S = 5.0  # of virtual time
 
 
 def step_times(move: Move) -> list[float]:
@@ -192,6 +193,101 @@ async def test_no_commit_is_asked_for_while_the_record_cannot_be_saved() -> None
         with pytest.raises(Unavailable):
             await take(DELETE, context, move.id, 0)
         assert not small.messages_to("commit")
+
+
+@virtually
+async def test_commit_is_asked_for_when_the_chain_has_come_to_await_ack() -> None:
+    """Not before, whatever the source has taken by then; and then without its own task."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+        await take(PAUSE, context, move.id, 0)
+        for step in CHAIN[1:4]:
+            await take(step, context, move.id, 0)
+        await asyncio.sleep(WAIT_S)
+        assert not small.messages_to("commit")
+
+        await take(AWAIT_ACK, context, move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.COMPLETED)
+        await take(DELETE, context, move.id, 0)
+
+        assert len(small.messages_to("commit")) == 1
+
+
+@virtually
+async def test_a_commit_that_was_refused_ahead_is_its_tasks_first_try() -> None:
+    """The task fails with the same error, once; Celery then tries it again, or rolls back."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context, verbs = worker(small, shelf), small.nodes["a"].node._verbs
+        schema, commit = verbs["commit"]
+        asked: list[StepRequest] = []
+
+        async def refuse(request: StepRequest) -> dict[str, object]:
+            asked.append(request)
+            raise Unavailable("not now")
+
+        verbs["commit"] = (schema, refuse)
+        await take(PAUSE, context, move.id, 0)
+        await take(AWAIT_ACK, context, move.id, 0)
+        with pytest.raises(Unavailable, match="not now"):
+            await take(DELETE, context, move.id, 0)
+        assert len(asked) == 1
+
+        verbs["commit"] = (schema, commit)
+        await take(DELETE, context, move.id, 1)
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+
+
+@virtually
+async def test_two_workers_that_commit_at_once_agree() -> None:
+    """One is ahead of its task, which went to the other: both are told the same, and one of them records it."""
+    async with cluster("a", "b", latency=lambda: 0.01) as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        ahead, other = worker(small, shelf), worker(small, shelf)
+
+        async def slow(_: object) -> None:
+            await asyncio.sleep(0.1)
+
+        await take(PAUSE, ahead, move.id, 0)
+        await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
+        shelf.before = slow
+        await take(AWAIT_ACK, ahead, move.id, 0)
+        await take(DELETE, other, move.id, 0)
+        await take(DELETE, ahead, move.id, 0)
+
+        assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
+        assert shelf.stored[move.id].blackout_ms is not None
+
+
+@virtually
+async def test_a_chain_copies_ahead_while_the_one_before_it_stands_still_and_then_has_its_turn() -> None:
+    """Two that go through a worker at once would both stand still for twice as long."""
+    async with cluster("a", "b", shards=2) as small:
+        shelf = Shelf()
+        moves = []
+        for number in range(2):
+            entry = await small.directory.refresh(f"shard.{number}")
+            assert entry is not None
+            begun = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
+            moves.append(await shelf.save(begun))
+        context = worker(small, shelf)
+
+        await drive(PAUSE, context, [moves[0].id], 0)
+        second = asyncio.ensure_future(drive(PAUSE, context, [moves[1].id], 0))
+        await until(lambda: small.messages_to("precopy"))
+        assert len(small.messages_to("pause")) == 1
+        for step in CHAIN[1:]:
+            await drive(step, context, [moves[0].id], 0)
+        await second
+
+        verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
+        assert [verb for verb in verbs if verb in ("precopy", "pause", "commit")] == [
+            "pause", "precopy", "commit", "pause",
+        ]  # fmt: skip
 
 
 @virtually

@@ -1,0 +1,75 @@
+"""Chains that stand still one after the other, as far as waiting a moment can bring that about."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.unit.virtual_time import clock, virtually
+from workflows.standing_still import LINE, PATIENCE_S, StandingStill
+
+
+@virtually
+async def test_the_next_begins_when_all_moves_of_the_one_before_have_ended() -> None:
+    """A convoy stands still until its last move has committed."""
+    still = StandingStill(clock)
+    await still.begin(["a1", "a2"])
+    following = asyncio.ensure_future(still.begin(["b"]))
+
+    still.end("a1")
+    await asyncio.sleep(0.001)
+    assert not following.done()
+    still.end("a2")
+    still.end("a2")
+    await asyncio.sleep(0.001)
+
+    assert following.done()
+    assert still.busy
+
+
+@virtually
+async def test_nobody_waits_long_for_one_that_takes_its_time() -> None:
+    """A worker's thread is kept meanwhile, and a move may stand still for seconds: it copies a large state."""
+    still = StandingStill(clock)
+    await still.begin(["slow"])
+    began_s = clock()
+
+    await still.begin(["next"])
+
+    assert clock() - began_s <= PATIENCE_S + 0.001
+
+
+@virtually
+async def test_they_wait_in_the_order_of_their_calls_and_only_few_of_them() -> None:
+    """All threads of a worker waiting would leave none to those that stand still."""
+    still = StandingStill(clock)
+    await still.begin(["first"])
+    began = []
+
+    async def begin(name: str) -> None:
+        await still.begin([name])
+        began.append(name)
+
+    line = [asyncio.ensure_future(begin(f"in line {number}")) for number in range(LINE)]
+    await asyncio.sleep(0)
+    assert not still.busy
+    await begin("too many")
+    assert began == ["too many"]
+
+    await asyncio.gather(*line)
+    assert began == ["too many", *(f"in line {number}" for number in range(LINE))]
+
+
+@virtually
+async def test_whoever_gives_up_waiting_leaves_its_place() -> None:
+    """A task that is cut short at its time limit must not be waited for by all that come later."""
+    still = StandingStill(clock)
+    await still.begin(["first"])
+    waiting = asyncio.ensure_future(still.begin(["second"]))
+    await asyncio.sleep(0)
+
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    still.end("first")
+
+    assert not still.busy
+    await still.begin(["third"])
