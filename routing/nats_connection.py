@@ -69,7 +69,7 @@ class NatsConnection:
         self.inbox = f"{inbox_prefix}.{uuid.uuid4().hex}"
         self.server_version, self.max_payload = "", 0
         self._last_error = ""
-        self.handler_errors = self.client_errors = self.dropped_messages = self.reconnects = 0
+        self.handler_errors = self.client_errors = self.reconnects = 0
         self.reconnect_callbacks: list[Callable[[], None]] = []
         self._servers, self._name, self._connect_timeout_s = parts(url), name, connect_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -422,11 +422,7 @@ class NatsConnection:
         if quiet:  # the client is on its way in or out; whoever attaches it reports
             return
         self.client_errors += 1
-        if isinstance(error, nats_errors.SlowConsumerError):
-            self.dropped_messages += 1
-            log.error("message dropped: handlers are too slow", subject=error.subject)
-        else:
-            log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
+        log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
 
 
 async def _end_client(client: WireClient) -> None:

@@ -44,7 +44,7 @@ _STREAM_EXISTS = 10058
 class NatsLink:
     """One connection to NATS, as `routing.link.Link` describes it. Make it with `connect`.
 
-    `handler_errors`, `client_errors`, `dropped_messages` and `reconnects` count what went wrong and was survived.
+    `handler_errors`, `client_errors` and `reconnects` count what went wrong and was survived.
     """
 
     def __init__(self, connection: NatsConnection) -> None:
@@ -95,10 +95,6 @@ class NatsLink:
     @property
     def client_errors(self) -> int:
         return self._connection.client_errors
-
-    @property
-    def dropped_messages(self) -> int:
-        return self._connection.dropped_messages
 
     @property
     def reconnects(self) -> int:
