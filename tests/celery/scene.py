@@ -83,10 +83,14 @@ class Scene:
 
     async def commit_unrecorded(self, planned: Move) -> None:
         """Take a move as far as a worker does that dies right after COMMIT: the map has it, the record does not."""
-        for step in migration.CHAIN[:-1]:
+        for step in migration.CHAIN[:-2]:  # the task of the next one would have COMMIT asked for
             await migration.take(step, self.context, planned.id, 0)
-        acked = await self.context.recall(planned.id)  # once its record is saved
-        assert acked is not None
+
+        async def all_taken_ahead() -> Move | None:
+            move = await self.record(planned)
+            return move if move.status is MigrationStatus.ACKED else None
+
+        acked = await until(all_taken_ahead, "all steps up to COMMIT to be taken ahead")
         await self.context.ask(planned.source, "commit", acked)
         assert (await self.owner(planned.shard)).outcome_of(planned.id) is Outcome.COMMITTED
         assert (await self.record(planned)).status is MigrationStatus.ACKED
