@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections import OrderedDict
 
-from routing.errors import FerryError, Timeout, Unavailable
+from routing.errors import FerryError, InvalidInput, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 
 SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as much as the rest of a request
@@ -57,6 +57,8 @@ class Answers:
     # -- what comes ------------------------------------------------------------------------------------------------
     def arrived(self, subject: str, payload: bytes) -> None:
         """Something came to the inbox. Raises InvalidInput, ValueError for what is no answer of ours."""
+        if not subject.startswith(self._prefix):
+            raise InvalidInput(f"{subject!r} is no answer")
         name = subject[len(self._prefix) :]
         if name:
             self._resolve(int(name), payload)

@@ -42,8 +42,8 @@ RECONNECT_WAIT_S = 0.15  # longer adds to every blackout, shorter hammers a serv
 WATCHDOG_S = 0.1  # how late a client that hangs while closing is noticed
 BARRIER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
-MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; nats-py itself would buffer without end
-HEADERS_BYTES = 14  # around the lines of a message's headers
+MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; the transport would buffer without end
+HEADERS_BYTES = len("NATS/1.0\r\n" + "\r\n")  # around the lines of a message's headers
 NO_RESPONDERS = b"NATS/1.0 503"
 SEND_ERRORS = (nats_errors.Error, UnicodeEncodeError)  # of a connection that is closed, of what is no subject
 
@@ -435,8 +435,6 @@ async def _end_client(client: WireClient) -> None:
 
 
 def _translated(error: Exception, subject: str, url: str) -> FerryError:
-    if isinstance(error, nats_errors.MaxPayloadError):
-        return PayloadTooLarge(f"message for {subject} exceeds what the NATS server takes")
     if isinstance(error, (nats_errors.BadSubjectError, UnicodeEncodeError)):
         return InvalidInput(f"{subject!r} is no NATS subject: remove blanks and empty tokens")
     return Unavailable(f"not connected to NATS at {url} ({error}): try again")

@@ -72,8 +72,8 @@ class WireClient(Client):
             raise BadSubjectError
         self._listened += 1
         sid = b"f%d" % self._listened  # nats-py's own are numbers
-        self.receivers[sid] = receive
         self._gather(b"SUB %b %b\r\n" % (subject.encode(), sid))
+        self.receivers[sid] = receive
         return sid
 
     def stop_listening(self, sid: bytes) -> None:
@@ -86,7 +86,7 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        if _NOT_IN_SUBJECTS.search(subject) or " " in reply:
+        if _NOT_IN_SUBJECTS.search(subject) or (reply and _NOT_IN_SUBJECTS.search(reply)):
             raise BadSubjectError
         if headers:
             head, body = b"NATS/1.0\r\n%b\r\n" % headers, len(payload)
@@ -174,7 +174,7 @@ class _Messages(asyncio.Protocol):
 
 def _line(line: bytes) -> tuple[bytes, bytes, bytes, int, int]:
     """(subject, sid, reply, bytes of headers, bytes of headers and payload) of a message's first line."""
-    verb, *words = line.split()
+    verb, *words = line.split(b" ")  # and not at what else Python takes for blank: a subject may hold that
     try:
         body_bytes = int(words.pop())
         head_bytes = int(words.pop()) if len(verb) == _HMSG else 0

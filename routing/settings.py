@@ -151,7 +151,7 @@ def _range_problems(s: Settings) -> list[str]:
             continue
         if not (0 < value < math.inf or isinstance(value, bool)):
             problems.append(f"FERRY_{field.name.upper()}={value}: must be finite and greater than 0")
-    if not s.nats_url.startswith(("nats://", "tls://", "ws://", "wss://")):
+    if not s.nats_url.startswith(("nats://", "tls://")):
         problems.append(f"FERRY_NATS_URL={s.nats_url}: must start with nats:// or tls://")
     if not s.redis_url.startswith(("redis://", "rediss://", "unix://")):
         problems.append(f"FERRY_REDIS_URL={s.redis_url}: must start with redis:// or rediss://")

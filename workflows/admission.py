@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
@@ -28,7 +28,6 @@ log = structlog.get_logger("ferry.admission")
 CHAIN_ACTORS = 256  # of a convoy: about 30 ms of work for each node, all of it while its actors stand still
 CHAIN_BYTES = 2**20  # of their state: 20 ms on the wire at 50 MB/s
 
-ENDED_MOST = 64
 ROOM_MOST, ROOM_LEAST, ROOM_STEP = 2 * CHAIN_ACTORS, 32, 16  # one chain runs whatever its shard holds
 
 
@@ -50,7 +49,7 @@ class Admission:
         self._launch, self._moves_at_once, self._wall_clock = launch, moves_at_once, wall_clock
         self._moves_per_chain, self._budget_s = moves_per_chain, blackout_budget_s
         self._room = ROOM_MOST  # actors of a node that may stand still at once, as the budget has allowed lately
-        self._ended = deque[str](maxlen=ENDED_MOST)  # lately; how long they stood still is not known yet
+        self._ended: dict[str, None] = {}  # lately; how long they stood still is not known yet
 
     @property
     def busy(self) -> bool:
@@ -75,7 +74,7 @@ class Admission:
         last = entry.ownership.last
         if last is None or self.running.pop(last.move, None) is None:
             return False
-        self._ended.append(last.move)
+        self._ended[last.move] = None
         log.info("move ended", move=last.move, unit=unit, outcome=last.outcome)
         return True
 
@@ -85,9 +84,9 @@ class Admission:
             move = await self._store.move(move_id)
             if move is not None and move.status not in TERMINAL:
                 continue
-            self._ended.remove(move_id)
-            if move is not None and move.blackout_ms is not None:
-                self._adapt(move.blackout_ms / 1000)
+            known = self._ended.pop(move_id, 0) is None  # or the lead was lost meanwhile
+            if known and move is not None and (stood_s := _stood_still_s(move)) is not None:
+                self._adapt(stood_s)
 
     def _adapt(self, stood_s: float) -> None:
         """Less may stand still at once after a move that took longer than the budget, a little more after another."""
@@ -119,8 +118,7 @@ class Admission:
                 busy.update((move.source, move.destination))
                 for node in (move.source, move.destination):
                     still[node] += sum(one.actors_total for one in convoy)
-        if self.waiting:
-            await self._learn()
+        await self._learn()
 
     def _convoy(self, first: Move) -> list[Move]:
         """`first` and those behind it that go the same way, as many as may stand still together."""
@@ -186,6 +184,15 @@ class Admission:
         stored = await self._store.save(replace(move, step_at=self._wall_clock(), task_ids=task_ids))
         self.running[move.id] = stored
         await self._launch(stored)
+
+
+def _stood_still_s(move: Move) -> float | None:
+    """How long the actors of an ended move stood still, as far as its record tells; None when they never did."""
+    if move.blackout_ms is not None:
+        return move.blackout_ms / 1000
+    if move.paused_at is None or move.finished_at is None:
+        return None
+    return move.finished_at - move.paused_at
 
 
 def _chain_of(move: Move) -> str:

@@ -339,7 +339,7 @@ async def _stand_in_line(context: StepContext, move_ids: Sequence[str]) -> None:
 
     A move that is alone in its chain, with none before it, is copied ahead by its `pause`.
     """
-    if len(move_ids) > 1 or context.standing_still.busy:
+    if len(move_ids) > 1 or context.standing_still.would_wait(move_ids):
         await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
     await context.standing_still.begin(move_ids)
 

@@ -2,7 +2,7 @@
 
 The chains of a worker share its interpreter. Two that go through it at once take twice as long each, and their actors
 stand still for all of it. So a chain copies ahead while the one before it stands still, and closes its gates when that
-one has committed. It never waits long, for meanwhile it keeps a thread: what the other does then is its own affair.
+one has committed. It never waits long, for it keeps a thread meanwhile: what the other does then is its own affair.
 """
 
 from __future__ import annotations
@@ -23,38 +23,32 @@ class StandingStill:
         self._over = asyncio.Event()
         self._line, self._waiting = asyncio.Lock(), 0
 
-    @property
-    def busy(self) -> bool:
-        """Whether whoever comes now would have to wait."""
-        return self._waiting < LINE and (self._waiting > 0 or self._left_s() > 0)
+    def would_wait(self, move_ids: Sequence[str]) -> bool:
+        """Whether `begin` would: others stand still, and the line is not too long."""
+        return self._waiting < LINE and bool(self._others(move_ids))
 
     async def begin(self, move_ids: Sequence[str]) -> None:
-        """The moves of a chain stand still from now on; wait first for those that do already, in the order of calls."""
-        if self._waiting < LINE:
+        """The moves of a chain stand still from now on; wait first for others that do, at most PATIENCE_S."""
+        if self.would_wait(move_ids):
             self._waiting += 1
             try:
-                async with self._line:
-                    await self._wait()
+                async with asyncio.timeout(PATIENCE_S), self._line:  # which lets in by the order of the calls
+                    while self._others(move_ids):
+                        self._over.clear()
+                        await self._over.wait()
+            except TimeoutError:
+                pass
             finally:
                 self._waiting -= 1
-        until_s = self._clock() + PATIENCE_S
-        self._until_s |= dict.fromkeys(move_ids, until_s)
+        self._until_s |= dict.fromkeys(move_ids, self._clock() + PATIENCE_S)
 
     def end(self, move_id: str) -> None:
         """Its actors are served again, here or there. Idempotent."""
-        if self._until_s.pop(move_id, None) is not None and not self._until_s:
+        self._until_s.pop(move_id, None)
+        if not self._others(()):
             self._over.set()
 
-    async def _wait(self) -> None:
-        while (left_s := self._left_s()) > 0:
-            self._over.clear()
-            try:
-                async with asyncio.timeout(left_s):
-                    await self._over.wait()
-            except TimeoutError:
-                continue
-
-    def _left_s(self) -> float:
+    def _others(self, move_ids: Sequence[str]) -> set[str]:
         now_s = self._clock()
         self._until_s = {move_id: until_s for move_id, until_s in self._until_s.items() if until_s > now_s}
-        return max(self._until_s.values(), default=now_s) - now_s
+        return self._until_s.keys() - set(move_ids)

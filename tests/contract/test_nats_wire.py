@@ -196,7 +196,7 @@ async def test_no_subject_ends_its_line(nats_server: NatsServer, subject: str) -
     with pytest.raises(BadSubjectError):
         client.send(subject, b"")
     with pytest.raises(BadSubjectError):
-        client.send("a", b"", f"x {subject}")
+        client.send("a", b"", f"x{subject or ' '}")
     with pytest.raises(BadSubjectError):
         client.listen(subject, lambda *_: None)
 
@@ -215,4 +215,21 @@ async def test_after_the_end_nothing_is_sent(nats_server: NatsServer) -> None:
         client.send("news", b"")
     client.stop_listening(sid)
     client.write_out()
+    await client.close()
+
+
+@pytest.mark.parametrize("blank", ["\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028"])
+async def test_what_only_python_takes_for_blank_may_stand_in_a_subject(nats_server: NatsServer, blank: str) -> None:
+    """The server delivers such a subject as it is. Taken apart there, it would reach whom its sender names in it."""
+    client = await connected(nats_server)
+    heard: dict[str, list[str]] = {"answers": [], "odd": []}
+    client.listen("answers", lambda subject, *_: heard["answers"].append(subject))
+    client.listen("odd.*", lambda subject, *_: heard["odd"].append(subject))
+    client.write_out()
+
+    for subject in (f"odd.{blank}f1", f"odd.x{blank}f1{blank}y", "odd.last"):
+        client._out.write(f"PUB {subject} 0\r\n\r\n".encode())
+    await client.flush(timeout=int(WAIT_S))
+
+    assert heard == {"answers": [], "odd": [f"odd.{blank}f1", f"odd.x{blank}f1{blank}y", "odd.last"]}
     await client.close()

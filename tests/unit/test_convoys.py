@@ -15,7 +15,7 @@ from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.test_races import Shelf, planned
 from tests.unit.virtual_time import virtually, wall_clock
 from workflows import migration
-from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, Admission
+from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission
 from workflows.context import StepContext
 from workflows.records import MigrationStatus, Move
 
@@ -39,11 +39,14 @@ class Desk:
 
     async def ended(self, name: str, blackout_s: float) -> None:
         """The map tells of a move's end, and then its record of how long it stood still."""
-        last = LastMove(move=name, outcome=Outcome.COMMITTED, epoch=2)
-        ended = Ownership(owner="b", incarnation="i", epoch=2, last=last)
-        self.admission.on_map(self.shelf.stored[name].unit, MapEntry(ended, 3))
+        self.outcome(name, Outcome.COMMITTED)
         completed = replace(self.shelf.stored[name], status=MigrationStatus.COMPLETED, blackout_ms=blackout_s * 1000)
         await self.shelf.save(completed)
+
+    def outcome(self, name: str, outcome: Outcome) -> None:
+        last = LastMove(move=name, outcome=outcome, epoch=2)
+        ended = Ownership(owner="b", incarnation="i", epoch=2, last=last)
+        self.admission.on_map(self.shelf.stored[name].unit, MapEntry(ended, 3))
 
     async def _launch(self, *moves: Move) -> None:
         self.chains.append([move.id for move in moves])
@@ -147,6 +150,48 @@ async def test_after_slow_moves_fewer_actors_stand_still_and_after_quick_ones_mo
         assert slow[0] == 4
         assert slow[-1] == 1
         assert quick[-1] == 4
+
+
+@virtually
+async def test_a_move_that_was_given_up_tells_how_long_it_stood_still() -> None:
+    """Those that take too long to commit are the ones that the room is there for."""
+    async with cluster("a", "b", shards=SHARDS) as small:
+        desk = Desk(small, moves_per_chain=4)
+        await desk.add(moves(8, actors_total=60))
+        await desk.admission.admit(("a", "b"))
+
+        for name in desk.chains[0]:
+            move = desk.shelf.stored[name]
+            desk.outcome(name, Outcome.ABORTED)
+            await desk.shelf.save(
+                replace(move, status=MigrationStatus.ROLLED_BACK, paused_at=desk.now_s, finished_at=desk.now_s + 5)
+            )
+        await desk.admission.admit(())
+        room = desk.admission._room
+
+        assert room < ROOM_MOST
+        await desk.admission.admit(())
+        assert desk.admission._room == room
+
+
+@virtually
+async def test_what_is_read_of_ended_moves_while_the_lead_is_lost_is_nobodys() -> None:
+    """The coordinator goes on as a standby."""
+    async with cluster("a", "b", shards=SHARDS) as small:
+        desk = Desk(small, moves_per_chain=1)
+        await desk.add(moves(2))
+        await desk.admission.admit(("a", "b"))
+        await desk.ended("m0", 5.0)
+        read = desk.shelf.move
+
+        async def read_late(move_id: str) -> Move | None:
+            desk.admission.forget_all()
+            return await read(move_id)
+
+        desk.shelf.move = read_late  # type: ignore[method-assign]
+        await desk.admission._learn()
+
+        assert desk.admission._room == ROOM_MOST
 
 
 # -- taking a step together --------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ async def test_the_next_begins_when_all_moves_of_the_one_before_have_ended() -> 
     await asyncio.sleep(0.001)
 
     assert following.done()
-    assert still.busy
+    assert still.would_wait(["c"])
+    assert not still.would_wait(["b"])
 
 
 @virtually
@@ -51,7 +52,7 @@ async def test_they_wait_in_the_order_of_their_calls_and_only_few_of_them() -> N
 
     line = [asyncio.ensure_future(begin(f"in line {number}")) for number in range(LINE)]
     await asyncio.sleep(0)
-    assert not still.busy
+    assert not still.would_wait(["too many"])
     await begin("too many")
     assert began == ["too many"]
 
@@ -71,5 +72,38 @@ async def test_whoever_gives_up_waiting_leaves_its_place() -> None:
     await asyncio.wait([waiting])
     still.end("first")
 
-    assert not still.busy
-    await still.begin(["third"])
+    assert not still.would_wait(["third"])
+
+
+@virtually
+async def test_others_that_pass_by_make_nobody_wait_for_longer() -> None:
+    """With more chains than may wait one always stands still; whoever waits does not wait for all of them."""
+    still = StandingStill(clock)
+    waited_s = []
+
+    async def chain(number: int) -> None:
+        began_s = clock()
+        await still.begin([f"c{number}"])
+        waited_s.append(clock() - began_s)
+        await asyncio.sleep(0.03)
+        still.end(f"c{number}")
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(100):
+            group.create_task(chain(number))
+            await asyncio.sleep(0.01)
+
+    assert len(waited_s) == 100
+    assert max(waited_s) <= PATIENCE_S + 0.001
+
+
+@virtually
+async def test_a_task_that_comes_twice_does_not_wait_for_itself() -> None:
+    """Celery delivers some twice."""
+    still = StandingStill(clock)
+    await still.begin(["a"])
+    began_s = clock()
+
+    await still.begin(["a"])
+
+    assert clock() == began_s
