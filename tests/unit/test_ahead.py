@@ -10,7 +10,7 @@ import pytest
 from routing.control import StepRequest
 from routing.errors import Timeout, Unavailable
 from runtime.handover import FEW
-from tests.unit.cluster import cluster
+from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.test_races import Shelf, planned, planned_move, worker
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
@@ -19,6 +19,14 @@ from workflows.records import MigrationStatus, Move
 
 PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
 WAIT_S = 5.0  # of virtual time
+
+
+async def begun(small: SmallCluster, shelf: Shelf, number: int) -> Move:
+    """A move of one of several shards that is planned and launched."""
+    entry = await small.directory.refresh(f"shard.{number}")
+    assert entry is not None
+    move = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
+    return await shelf.save(move)
 
 
 def step_times(move: Move) -> list[float]:
@@ -268,12 +276,7 @@ async def test_a_chain_copies_ahead_while_the_one_before_it_stands_still_and_the
     """Two that go through a worker at once would both stand still for twice as long."""
     async with cluster("a", "b", shards=2) as small:
         shelf = Shelf()
-        moves = []
-        for number in range(2):
-            entry = await small.directory.refresh(f"shard.{number}")
-            assert entry is not None
-            begun = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
-            moves.append(await shelf.save(begun))
+        moves = [await begun(small, shelf, number) for number in range(2)]
         context = worker(small, shelf)
 
         await drive(PAUSE, context, [moves[0].id], 0)
@@ -295,12 +298,7 @@ async def test_a_convoy_is_copied_ahead_before_the_first_gate_is_closed() -> Non
     """Otherwise the first of its shards would stand still while the last is being copied."""
     async with cluster("a", "b", shards=2) as small:
         shelf = Shelf()
-        moves = []
-        for number in range(2):
-            entry = await small.directory.refresh(f"shard.{number}")
-            assert entry is not None
-            begun = replace(planned(number, number), lock_revision=entry.revision, started_at=wall_clock())
-            moves.append(await shelf.save(begun))
+        moves = [await begun(small, shelf, number) for number in range(2)]
 
         await drive(PAUSE, worker(small, shelf), [move.id for move in moves], 0)
 
