@@ -1,7 +1,7 @@
 """`blackout`: how long one idle 1 KB actor stops when it moves, beside a no-op chain on the same worker settings.
 
-Moves and no-op chains alternate, so that both see the same machine. Each run has workers of its own, of either kind: how
-fast a process is differs a little from one start to the next.
+Moves and no-op chains alternate, so that both see the same machine. Each run has workers of its own, of either kind:
+how fast a process is differs a little from one start to the next.
 """
 
 from __future__ import annotations
