@@ -11,23 +11,24 @@ import secrets
 
 from bench.cluster import BenchCluster, bench_cluster
 from bench.results import Result, percentile
-from routing.address import ActorId, shard_of
+from routing.address import ActorId
 
-RUNS, MOVES, WARM_UP, TIMEOUT_S = 5, 16, 2, 60.0
+RUNS, MOVES, TIMEOUT_S = 5, 16, 60.0
 ACTOR = ActorId("blob", "one")
 
 
 async def measure(*, runs: int = RUNS, moves: int = MOVES) -> list[Result]:
-    blackouts, floors = [], []
+    blackouts: list[float] = []
+    floors: list[float] = []
     async with bench_cluster("ab") as bench:
         await bench.client.send_message(ACTOR, "fill", {"text": secrets.token_hex(512)})
         for run in range(runs):
             if run:
                 await asyncio.to_thread(bench.local.remove, "worker-1")
                 bench.local.add_worker()
-            for blackout_ms, floor_ms in await _side_by_side(bench, f"run-{run}", moves):
-                blackouts.append(blackout_ms)
-                floors.append(floor_ms)
+            blackouts_ms, floors_ms = await _side_by_side(bench, f"run-{run}", moves)
+            blackouts += blackouts_ms
+            floors += floors_ms
     return [
         Result(
             case=f"1 KB actor, idle, {name}", value=percentile(blackouts, share), unit="ms",
@@ -38,20 +39,21 @@ async def measure(*, runs: int = RUNS, moves: int = MOVES) -> list[Result]:
     ]  # fmt: skip
 
 
-async def _side_by_side(bench: BenchCluster, run: str, moves: int) -> list[tuple[float, float]]:
-    """(blackout, pause to delete of a no-op chain) in milliseconds, of moves to and fro and chains in between."""
+async def _side_by_side(bench: BenchCluster, run: str, moves: int) -> tuple[list[float], list[float]]:
+    """(blackouts, pause to delete of no-op chains) in milliseconds, of as many moves and chains in between."""
     from bench import noop  # reads the cluster's settings when imported
+
+    floors_ms: list[float] = []
+
+    async def chain(name: str) -> list[float]:
+        return await asyncio.to_thread(noop.run, [f"{run}-{name}"], window=1, timeout_s=TIMEOUT_S)
+
+    async def beside() -> None:
+        floors_ms.extend(await chain(str(len(floors_ms))))
 
     worker = bench.start_noop_worker()
     try:
-        shard, measured = shard_of(ACTOR, bench.context.directory.shards_total), []
-        for number in range(WARM_UP + moves):
-            here = await bench.client.get_actor_node(ACTOR)
-            move = await bench.migrate(shard, "b" if here == "a" else "a")
-            if move.blackout_ms is None:
-                raise RuntimeError(f"move {move.id} ended {move.status} without a blackout: {move.error}")
-            (floor_ms,) = await asyncio.to_thread(noop.run, [f"{run}-{number}"], window=1, timeout_s=TIMEOUT_S)
-            measured.append((move.blackout_ms, floor_ms))
-        return measured[WARM_UP:]
+        await chain("warm-up")
+        return await bench.to_and_fro(ACTOR, moves, beside=beside), floors_ms
     finally:
         worker.terminate(10)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,13 @@ class BenchCluster:
         latest = await self.context.store.move(move.id)
         return True if latest is not None and latest.status in TERMINAL else None
 
-    async def to_and_fro(self, actor: ActorId, moves: int) -> list[float]:
-        """The blackouts of an idle actor's shard that goes between a and b, in milliseconds."""
+    async def to_and_fro(
+        self, actor: ActorId, moves: int, *, beside: Callable[[], Awaitable[None]] | None = None
+    ) -> list[float]:
+        """The blackouts of an idle actor's shard that goes between a and b, in milliseconds.
+
+        `beside` is awaited after each move that counts: what is to see the same machine.
+        """
         shard, blackouts = shard_of(actor, self.context.directory.shards_total), []
         for number in range(moves + 2):
             here = await self.client.get_actor_node(actor)
@@ -71,6 +76,8 @@ class BenchCluster:
                 raise RuntimeError(f"move {move.id} ended {move.status} without a blackout: {move.error}")
             if number >= 2:  # the first of each direction warms connections up
                 blackouts.append(move.blackout_ms)
+                if beside is not None:
+                    await beside()
         return blackouts
 
     def start_noop_worker(self) -> LocalProcess:
