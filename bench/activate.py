@@ -96,7 +96,7 @@ async def _write_logs(link: NatsLink, subjects: Subjects, birth: Birth, actors: 
 
 
 async def _write_log(journal: Journal, actor: ActorId) -> None:
-    live = LiveActor(actor, used_at_s=0.0)
+    live = LiveActor(actor)
     instance = new_instance(Blob)
     live.stand_at(instance, Memory(Limits(128, 64)), version=0, epoch=1, trail=())
     snapshot = await live.snapshot(epoch=1, incarnation="written", max_state_bytes=2**20)

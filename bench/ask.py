@@ -39,8 +39,9 @@ async def measure(*, runs: int = RUNS, seconds: float = SECONDS, latencies: int 
             node_here(running, "local") as here,
             bare_request(running.nats_url, _question(actors[0]), _answer()) as bare,
         ):
-            ask = lambda number: remote.client.send_message(actors[number], "count")  # noqa: E731
-            ask_here = lambda number: here.router.send_message(actors[number], "count")  # noqa: E731
+            send, send_here = remote.client.send_message, here.router.send_message
+            ask = lambda number: send(actors[number], "count")  # noqa: E731
+            ask_here = lambda number: send_here(actors[number], "count")  # noqa: E731
             results = await _rates(ask, bare, ask_here, runs=runs, seconds=seconds)
             results += await _latencies(ask, bare, runs=runs, each=latencies // runs)
     for peer in PEERS:

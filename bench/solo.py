@@ -111,14 +111,19 @@ async def per_second(call: Callable[[int], Awaitable[object]], *, window: int, s
     """Calls a second with `window` of them under way at any time; each caller passes its own number."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
-    stop_s = began_s + seconds
-    done = 0
+    over = False
 
-    async def caller(number: int) -> None:
-        nonlocal done
-        while loop.time() < stop_s:
+    def end() -> None:
+        nonlocal over
+        over = True
+
+    async def caller(number: int) -> int:
+        done = 0
+        while not over:
             await call(number)
             done += 1
+        return done
 
-    await asyncio.gather(*(caller(number) for number in range(window)))
-    return done / (loop.time() - began_s)
+    loop.call_later(seconds, end)
+    done = await asyncio.gather(*(caller(number) for number in range(window)))
+    return sum(done) / (loop.time() - began_s)

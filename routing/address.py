@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import xxhash
 
@@ -21,30 +21,35 @@ _PLAIN_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ActorId:
+class _Words(NamedTuple):
+    actor_type: str
+    key: str
+
+
+class ActorId(_Words):
     """`type/key`, for example `aircraft/N14228`.
 
     The type is a lower-case name; the key is 1 to 128 bytes of UTF-8 without control characters. `token`
     is the same id as one NATS subject token, escaped so that no key can reach another subject.
     """
 
-    actor_type: str
-    key: str
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.actor_type):
+    def __new__(cls, actor_type: str, key: str) -> ActorId:
+        """Raises InvalidInput for anything else."""
+        if not _NAME.fullmatch(actor_type):
             raise InvalidInput(
-                f"actor type {shown(self.actor_type)} is malformed: use lower-case letters, digits and _, e.g. aircraft"
+                f"actor type {shown(actor_type)} is malformed: use lower-case letters, digits and _, e.g. aircraft"
             )
         try:
-            size = len(self.key.encode())
+            size = len(key.encode())
         except UnicodeEncodeError as error:
-            raise InvalidInput(f"actor key {shown(self.key)} is not valid text: use UTF-8") from error
+            raise InvalidInput(f"actor key {shown(key)} is not valid text: use UTF-8") from error
         if not 1 <= size <= MAX_KEY_BYTES:
-            raise InvalidInput(f"actor key of {size} bytes: use 1 to {MAX_KEY_BYTES} bytes after {self.actor_type}/")
-        if any(ord(character) < 32 or ord(character) == 127 for character in self.key):
-            raise InvalidInput(f"actor key {shown(self.key)} has control characters: remove them")
+            raise InvalidInput(f"actor key of {size} bytes: use 1 to {MAX_KEY_BYTES} bytes after {actor_type}/")
+        if any(ord(character) < 32 or ord(character) == 127 for character in key):
+            raise InvalidInput(f"actor key {shown(key)} has control characters: remove them")
+        return super().__new__(cls, actor_type, key)
 
     @classmethod
     def of(cls, actor: str | ActorId) -> ActorId:

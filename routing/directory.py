@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import structlog
 
 from routing import shard_map
-from routing.address import ActorId, NodeId, shard_of
+from routing.address import IDS_RECALLED, ActorId, NodeId, shard_of
 from routing.documents import decode_ownership, encode_ownership
 from routing.errors import InDoubt, InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.link import Entry, Link, Subscription
@@ -58,6 +59,12 @@ class Directory:
         self._watch: Subscription | None = None
         self._awaited: dict[str, asyncio.Event] = {}
 
+        @lru_cache(maxsize=IDS_RECALLED)
+        def shard_unit_of(actor: ActorId) -> str:
+            return shard_key(shard_of(actor, shards_total))
+
+        self.shard_unit_of = shard_unit_of  # for an actor: its shard's name, whether it has a key of its own or not
+
     async def start(self) -> None:
         """Follow the map. Returns once the local copy is complete. Raises Timeout, Unavailable."""
         subject = kv_subject(self._bucket, ">")
@@ -76,11 +83,7 @@ class Directory:
         """The unit of ownership an actor belongs to."""
         if self._apart and (unit := self._apart.get(actor)) is not None:
             return unit
-        return shard_key(shard_of(actor, self.shards_total))
-
-    def shard_unit_of(self, actor: ActorId) -> str:
-        """The shard of an actor as a unit, whether the actor has a key of its own or not."""
-        return shard_key(shard_of(actor, self.shards_total))
+        return self.shard_unit_of(actor)
 
     def counts(self, unit: str) -> bool:
         """Whether what is known of a unit's key says who owns it: a shard's always does, an actor's as said above."""

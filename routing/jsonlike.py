@@ -51,15 +51,18 @@ def shown(value: Any, length: int = 80) -> str:
 
 def copy(value: Any) -> Any:
     """`value` as its receiver gets it: nothing is shared with the sender. Raises TypeError as `dumps` does."""
+    kind = type(value)
+    if value is None or kind is bool or (kind is int and -SMALL < value < SMALL):  # nearly every reply
+        return value
     return copies(value, 1)[0]
 
 
 def copies(value: Any, count: int) -> list[Any]:
     """As many copies, none of which shares anything with another."""
     kind = type(value)
-    if value is None or kind is bool or (kind is int and -SMALL < value < SMALL):
-        return [value] * count
-    encoded = dumps(value) if value or kind is not dict else b"{}"
+    if kind is dict and not value:
+        return [{} for _ in range(count)]
+    encoded = dumps(value)
     if kind is dict and _EXACT.issuperset(map(type, value.values())):
         return [value.copy() for _ in range(count)]
     return [orjson.loads(encoded) for _ in range(count)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -26,9 +27,9 @@ ANSWER_SHARE = 0.17  # of the time to live: a lost renewal leaves time for anoth
 ATTEMPTS = 3  # the key changes under us only when it expires or another takes it
 
 
-def boottime_s() -> float:
-    """Seconds on a clock that also runs during suspend (CLOCK_BOOTTIME where the system has it)."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+# Seconds on a clock that also runs during suspend, where the system has it. Asked for each message, so no function of
+# Python's own.
+boottime_s: Callable[[], float] = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def decode_lease(payload: bytes) -> dict[str, Any]:
@@ -60,8 +61,7 @@ class Lease:
     def renew_every_s(self) -> float:
         return self._ttl_s / RENEWALS_PER_LEASE
 
-    @property
-    def trusted(self) -> bool:
+    def is_trusted(self) -> bool:
         """Whether the holder may still act as the holder."""
         return self._clock() < self._trusted_until
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from routing.errors import FerryError
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)  # as a command
 class Message:
     """A message as delivered to a subscriber. `reply` is empty when nobody waits for an answer."""
 
@@ -44,6 +46,7 @@ class StreamSpec:
 
 
 Handler = Callable[[Message], None]
+Appended = Callable[[int | FerryError], None]  # what to do when an append has ended
 EntryHandler = Callable[[Entry], None]
 
 
@@ -94,6 +97,12 @@ class Link(Protocol):
         `discard` stores a removal marker instead of a value. Raises WrongSequence when the expectation was refused,
         InDoubt when no answer came (it may have landed, now or later), Unavailable when it was certainly not stored,
         PayloadTooLarge over the server's or the stream's limit, Incompatible when the stream does not allow it.
+        """
+
+    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+        """As `append`, without anybody who waits: `then` is called once, with the sequence or what `append` raises.
+
+        Raises Unavailable and PayloadTooLarge itself where nothing was sent; then `then` is not called.
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 
 from routing.errors import FerryError, InvalidInput, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
@@ -13,8 +14,24 @@ SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as
 FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 
 
+Then = Callable[[bytes | FerryError], None]
+
+
+class _Told:
+    """In a future's place where nobody awaits one: who is to be told as soon as the answer is there."""
+
+    __slots__ = ("set_exception", "set_result")
+
+    def __init__(self, then: Then) -> None:
+        self.set_result: Then = then
+        self.set_exception: Then = then
+
+    def done(self) -> bool:
+        return False
+
+
 # Somebody who waits: where the answer goes, who was asked, until when on the loop's clock, how long that was (seconds).
-_Waiting = tuple[asyncio.Future[bytes], str, float, float]
+_Waiting = tuple[asyncio.Future[bytes] | _Told, str, float, float]
 
 
 class Answers:
@@ -34,20 +51,32 @@ class Answers:
 
     def expect(self, subject: str, timeout_s: float) -> tuple[int, asyncio.Future[bytes]]:
         """A token, and what will become of the question to `subject` that bears it. The caller has to `forget` it."""
-        token, future = next(self._tokens), self._loop.create_future()
-        self._waiting[token] = future, subject, self._loop.time() + timeout_s, timeout_s
+        future = self._loop.create_future()
+        return self._expect(future, subject, timeout_s), future
+
+    def expect_then(self, subject: str, timeout_s: float, then: Then) -> int:
+        """As `expect`; `then` is called with the answer, or with the error, unless the token is forgotten before."""
+        return self._expect(_Told(then), subject, timeout_s)
+
+    def _expect(self, waiting: asyncio.Future[bytes] | _Told, subject: str, timeout_s: float) -> int:
+        token = next(self._tokens)
+        self._waiting[token] = waiting, subject, self._loop.time() + timeout_s, timeout_s
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
-        return token, future
+        return token
 
     def forget(self, token: int) -> None:
         """Whatever comes for `token` from now on is too late."""
         self._waiting.pop(token, None)
 
-    def reply_to(self, *tokens: int) -> str:
-        """The reply subject of a question, or of a frame of several."""
+    def reply_to(self, token: int) -> str:
+        """The reply subject of a question that goes alone."""
+        return f"{self._prefix}{token}"
+
+    def reply_to_all(self, tokens: tuple[int, ...]) -> str:
+        """The reply subject of a frame of questions, or of the one that is alone in it."""
         if len(tokens) == 1:
-            return f"{self._prefix}{tokens[0]}"
+            return self.reply_to(tokens[0])
         frame = next(self._tokens)
         self._frames[frame] = tokens
         while len(self._frames) > FRAMES_REMEMBERED:

@@ -28,10 +28,10 @@ import structlog
 from nats import errors as nats_errors
 
 from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
-from routing.nats_answers import Answers
+from routing.nats_answers import Answers, Then
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
-from routing.nats_wire import Receive, WireClient
+from routing.nats_wire import HEADERS_BYTES, Receive, WireClient
 
 log = structlog.get_logger("ferry.nats")
 
@@ -43,7 +43,6 @@ WATCHDOG_S = 0.1  # how late a client that hangs while closing is noticed
 BARRIER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; the transport would buffer without end
-HEADERS_BYTES = len("NATS/1.0\r\n" + "\r\n")  # around the lines of a message's headers
 NO_RESPONDERS = b"NATS/1.0 503"
 SEND_ERRORS = (nats_errors.Error, UnicodeEncodeError)  # of a connection that is closed, of what is no subject
 
@@ -270,6 +269,21 @@ class NatsConnection:
         finally:
             self._answers.forget(token)
 
+    def request_then(self, subject: str, payload: bytes, *, timeout_s: float, headers: bytes, then: Then) -> None:
+        """As `request_alone`, without anybody who waits: `then` is called with the answer or the error.
+
+        What certainly was not sent is raised here. `then` must not raise.
+        """
+        client = self._attached()
+        if self._too_much_waits(client):
+            raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
+        token = self._answers.expect_then(subject, timeout_s, then)
+        try:
+            self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
+        except FerryError:
+            self._answers.forget(token)
+            raise
+
     async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
         """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
         if self._too_much_waits(client := self._attached()):
@@ -405,7 +419,7 @@ class NatsConnection:
             return subject, "", ()
         if subject.endswith(INBOX_MARK):
             return (subject if parcel.is_frame else f"{subject}{parcel.tokens[0]}"), "", ()
-        return subject, self._answers.reply_to(*parcel.tokens), parcel.tokens
+        return subject, self._answers.reply_to_all(parcel.tokens), parcel.tokens
 
     def _on_answer(self, subject: str, _: str, payload: bytes, headers: bytes) -> None:
         try:

@@ -23,13 +23,14 @@ from routing.errors import (
     Unavailable,
     WrongSequence,
 )
-from routing.link import Entry, EntryHandler, Handler, Message, StreamSpec
+from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
 from routing.nats_connection import NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_watch import Watch
 
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
 MIN_TTL_S = 1  # JetStream's own minimum and granularity
+EXPECTED = b"Nats-Expected-Last-Subject-Sequence: %d\r\n"
 _NANOSECONDS = 1_000_000_000
 
 # JetStream's err_code values (nats-server, server/errors.json).
@@ -122,9 +123,9 @@ class NatsLink:
             if not frame:
                 handler(Message(subject=to, payload=data, reply=reply))
                 return
-            for token, payload in unpack(data):
-                asked = Message(subject=to, payload=payload, reply=f"{inbox}{INBOX_MARK}{token}")
-                connection.guard(subject, handler, asked)  # what one is to it must not cost the others
+            mark = f"{inbox}{INBOX_MARK}"
+            for token, payload in unpack(data):  # what one is to the handler must not cost the others
+                connection.guard(subject, handler, Message(subject=to, payload=payload, reply=f"{mark}{token}"))
 
         return _LinkSubscription(connection, await connection.subscribe(subject, receive))
 
@@ -135,7 +136,7 @@ class NatsLink:
     ) -> int:  # fmt: skip
         """See Link.append. WrongSequence also means that another append on the subject is still in flight (three
         replicas): either way, read again before deciding again."""
-        headers = b"" if expected is None else b"Nats-Expected-Last-Subject-Sequence: %d\r\n" % expected
+        headers = b"" if expected is None else EXPECTED % expected
         if rollup:
             headers += b"Nats-Rollup: sub\r\n"
         if ttl_s is not None:
@@ -146,16 +147,22 @@ class NatsLink:
         try:
             acknowledged = await self._connection.request_alone(subject, payload, timeout_s=timeout_s, headers=headers)
         except Timeout as error:
-            raise InDoubt(
-                f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message to learn the outcome"
-            ) from error
-        try:
-            answer = orjson.loads(acknowledged)
-            if "error" in answer:
-                raise _append_refused(subject, expected, answer["error"])
-            return int(answer["seq"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InDoubt(f"unreadable acknowledgement {acknowledged[:80]!r} for {subject}: read again") from error
+            raise _append_in_doubt(subject, timeout_s) from error
+        return _appended(subject, expected, acknowledged)
+
+    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+        def answered(answer: bytes | FerryError) -> None:
+            if isinstance(answer, FerryError):
+                then(_append_in_doubt(subject, timeout_s) if isinstance(answer, Timeout) else answer)
+                return
+            try:
+                outcome: int | FerryError = _appended(subject, expected, answer)
+            except FerryError as error:
+                outcome = error
+            then(outcome)
+
+        headers = EXPECTED % expected
+        self._connection.request_then(subject, payload, timeout_s=timeout_s, headers=headers, then=answered)
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
         return (await self._stored(stream, [{"last_by_subj": subject}], timeout_s))[0]
@@ -248,6 +255,23 @@ async def _check_jetstream(connection: NatsConnection, timeout_s: float) -> None
         raise Unavailable(f"JetStream at {connection.url} has no leader yet: try again")
     if refusal is not None:
         raise Incompatible(f"NATS server {connection.server_version} has no JetStream ({_said(refusal)}): {mend}")
+
+
+def _appended(subject: str, expected: int | None, acknowledged: bytes) -> int:
+    """The sequence in the answer to an append. Raises what `Link.append` does where that is a refusal, or none."""
+    try:
+        answer = orjson.loads(acknowledged)
+        if "error" in answer:
+            raise _append_refused(subject, expected, answer["error"])
+        return int(answer["seq"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InDoubt(f"unreadable acknowledgement {acknowledged[:80]!r} for {subject}: read again") from error
+
+
+def _append_in_doubt(subject: str, timeout_s: float) -> InDoubt:
+    return InDoubt(
+        f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message to learn the outcome"
+    )
 
 
 def _append_refused(subject: str, expected: int | None, error: dict[str, Any]) -> FerryError:

@@ -30,9 +30,10 @@ log = structlog.get_logger("ferry.nats")
 # subject, reply ("" when nobody waits), payload, headers as they came (b"" when there are none)
 Receive = Callable[[str, str, bytes, bytes], None]
 
-_LINE_END = b"\r\n"
+_VERSION, _LINE_END = b"NATS/1.0\r\n", b"\r\n"
+HEADERS_BYTES = len(_VERSION + _LINE_END)  # around the lines of a message's headers
 _MESSAGES, _HMSG = (b"MSG ", b"HMSG "), 4
-_NOT_IN_SUBJECTS = re.compile(r"\s|^$")
+_BLANK = re.compile(r"\s")
 
 
 class WireClient(Client):
@@ -68,7 +69,7 @@ class WireClient(Client):
         Returns what to stop it by. Raises BadSubjectError, UnicodeEncodeError, ConnectionClosedError.
         """
         tokens = subject.split(".")
-        if "" in tokens or ">" in tokens[:-1] or _NOT_IN_SUBJECTS.search(subject):
+        if "" in tokens or ">" in tokens[:-1] or not _is_subject(subject):
             raise BadSubjectError
         self._listened += 1
         sid = b"f%d" % self._listened  # nats-py's own are numbers
@@ -86,10 +87,10 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        if _NOT_IN_SUBJECTS.search(subject) or (reply and _NOT_IN_SUBJECTS.search(reply)):
+        if not _is_subject(subject) or (reply and not _is_subject(reply)):
             raise BadSubjectError
         if headers:
-            head, body = b"NATS/1.0\r\n%b\r\n" % headers, len(payload)
+            head, body = b"%b%b\r\n" % (_VERSION, headers), len(payload)
             line = f"HPUB {subject} {reply} {len(head)} {len(head) + body}\r\n".encode()
             self._gather(b"%b%b%b\r\n" % (line, head, payload))
         else:
@@ -150,7 +151,6 @@ class _Messages(asyncio.Protocol):
         if self._held_bytes:
             self._pieces = [data[at:]]
         self._client.delivered()
-        self._client.write_out()
 
     def _take(self, data: bytes) -> int:
         """Hand over everything that has come whole; returns where what has not begins."""
@@ -184,6 +184,12 @@ def _line(line: bytes) -> tuple[bytes, bytes, bytes, int, int]:
     except (ValueError, IndexError) as error:
         raise InvalidInput(f"the NATS server sent the malformed line {line[:80]!r}") from error
     return subject, sid, reply, head_bytes, body_bytes
+
+
+def _is_subject(text: str) -> bool:
+    if text.isprintable() and " " not in text:  # nearly all are: then none of it is blank
+        return text != ""
+    return _BLANK.search(text) is None
 
 
 def _text(word: bytes) -> str:

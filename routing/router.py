@@ -7,10 +7,10 @@ import math
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -31,6 +31,7 @@ from routing.errors import (
     Unavailable,
 )
 from routing.link import Link
+from routing.local import LATER, LocalNode
 from routing.subjects import Subjects, unit_in_words
 
 log = structlog.get_logger("ferry.router")
@@ -38,17 +39,8 @@ log = structlog.get_logger("ferry.router")
 ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have died with it
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
-TURN = 256  # local answers in a row, a millisecond or two, before others get theirs
-
-
-class LocalNode(Protocol):
-    """The actor host of this very process, when there is one."""
-
-    def serves(self, unit: str) -> bool: ...
-
-    def answer_now(self, command: Command) -> Answer | None: ...
-
-    def ask(self, command: Command) -> Awaitable[Answer]: ...
+_FOREVER_S = math.inf
+TURN = 1_024  # local answers in a row, a millisecond or two, before others get theirs
 
 
 class Router:
@@ -67,7 +59,7 @@ class Router:
         self._sender, self._local, self._wall_clock = sender, local, wall_clock
         self._max_command_bytes = max_command_bytes
         self._clock: Callable[[], float] | None = None  # the loop's; to ask for the loop each time is a system call
-        self._answered_now = 0  # in this turn of the event loop, without a wait
+        self._answered_at_once = 0  # in this turn of the event loop, without a wait
         self._learned: dict[str, tuple[int, NodeId]] = {}  # unit -> (epoch, owner) from answers, until the map is there
         directory.on_change(self._forget)
 
@@ -85,7 +77,22 @@ class Router:
         have been applied: send the same `message_id` again to learn the outcome. InvalidInput, PayloadTooLarge as well
         for what no node could receive, wherever the actor lives today.
         """
-        command = self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
+        bare = message_id is None and type(name) is str and (arguments is None or arguments == {})
+        command = (
+            None if bare else self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
+        )
+        if self._local is not None and not linearizable and 0 < timeout_s < _FOREVER_S:
+            try:
+                reply = self._local.query_at_once(actor, name, {} if command is None else command.arguments)
+            except FerryError as error:
+                return _value(_received(Answer(error=error)))
+            if reply is not LATER:
+                self._answered_at_once += 1
+                if not 1 < self._answered_at_once <= TURN:
+                    await self._turn()
+                return reply
+        if command is None:
+            command = self.prepare(actor, name, linearizable=linearizable)
         return await self.deliver(command, timeout_s=timeout_s)
 
     def prepare(
@@ -101,9 +108,6 @@ class Router:
     async def deliver(self, command: Command, *, timeout_s: float, before: asyncio.Event | None = None) -> Any:
         """Send a prepared command; errors as for `send_message`. `before` is set when the one before it is over."""
         check_timeout(timeout_s)
-        if self._local is not None and (answer := self._local.answer_now(command)) is not None:
-            await self._turn()
-            return _value(_received(answer))
         if self._clock is None:
             self._clock = asyncio.get_running_loop().time
         clock = self._clock
@@ -174,15 +178,14 @@ class Router:
             raise Timeout(f"no answer from this node within {timeout_s:g} s") from error
 
     async def _turn(self) -> None:
-        """Let others run when this turn of the event loop has brought many answers without a wait."""
-        self._answered_now += 1
-        if self._answered_now == 1:
+        """Begin to count what a turn of the event loop brings without a wait; let others run when that is much."""
+        if self._answered_at_once == 1:
             asyncio.get_running_loop().call_soon(self._new_turn)
-        elif self._answered_now > TURN:
+        elif self._answered_at_once > TURN:
             await asyncio.sleep(0)
 
     def _new_turn(self) -> None:
-        self._answered_now = 0
+        self._answered_at_once = 0
 
     def _route(self, unit: str) -> tuple[NodeId | None, int]:
         owner, epoch = self._directory.owner_of(unit)
@@ -211,7 +214,7 @@ class Router:
 
 def check_timeout(timeout_s: float) -> None:
     """Raises InvalidInput for a time that nobody can wait."""
-    if not 0 < timeout_s < math.inf:
+    if not 0 < timeout_s < _FOREVER_S:
         raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
 
 

@@ -44,12 +44,12 @@ from routing.errors import (
     UnknownActorType,
     UnknownCommand,
 )
+from routing.local import LATER
 
 __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
-UNFINISHED = object()
 _ANSWERS = frozenset({str, int, float, bool, type(None), list, dict})  # nearly all are one of these
 
 
@@ -71,9 +71,13 @@ def event(function: F) -> F:
     return function
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Handler:
-    """One marked method: its kind, the plain function and its signature without `self`."""
+    """One marked method: its kind, the plain function and its signature without `self`.
+
+    `at_once`: "command" or "query" when it has its reply without waiting for anything, else "". One that is not
+    `async` is taken for that until it answers with something to wait for.
+    """
 
     name: str
     kind: str
@@ -82,21 +86,25 @@ class Handler:
     required: frozenset[str] = frozenset()
     known: frozenset[str] | None = None  # None: whatever is given, or not so simple to tell
     is_async: bool = False
+    at_once: str = ""
 
     @classmethod
     def of(cls, name: str, kind: str, function: Callable[..., Any]) -> Handler:
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[1:]
+        is_async = inspect.iscoroutinefunction(function)
         simple = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
         return cls(
             name, kind, function, signature.replace(parameters=parameters),
             required=frozenset(p.name for p in parameters if p.default is p.empty),
             known=frozenset(p.name for p in parameters) if simple else None,
-            is_async=inspect.iscoroutinefunction(function),
+            is_async=is_async, at_once=kind if kind != "event" and not is_async else "",
         )  # fmt: skip
 
     def fits(self, arguments: dict[str, Any]) -> bool:
         """Whether these arguments certainly fit the signature; `check` knows for sure."""
+        if not arguments:
+            return not self.required
         return self.known is not None and self.required <= arguments.keys() <= self.known
 
     def check(self, arguments: dict[str, Any]) -> None:
@@ -241,7 +249,9 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     them and must be discarded. The handler gets a copy of the arguments, for a command is decided again when its append
     fails. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
     """
-    _begin(instance, handler, emitted)
+    if instance._emitted is not None:
+        raise _not_alone(handler)
+    instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
     try:
         result = handler.function(instance, **jsonlike.copy(arguments))
         if handler.is_async or inspect.isawaitable(result):
@@ -249,22 +259,47 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     finally:
         instance._emitted = None
     if instance._spoiled is not None:
-        raise HandlerFailed(f"{handler.name} went on after one of its events had failed") from instance._spoiled
+        raise _went_on(handler) from instance._spoiled
     return jsonlike.copy(result)
 
 
-def run_query(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
-    """As `run`, for a query that needs no turn of the event loop; UNFINISHED, and to be run again, when it does."""
-    _begin(instance, handler, [])
-    result = handler.function(instance, **(jsonlike.copy(arguments) if arguments else {}))
-    if type(result) in _ANSWERS or not inspect.isawaitable(result):
+def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) -> Any:
+    """As `run`, for a query that needs nothing to be waited for; LATER when it turns out to, and is to be run again."""
+    if instance._emitted is not None:
+        raise _not_alone(handler)
+    result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
+    return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
+
+
+def run_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any], emitted: list[list[Any]]) -> Any:
+    """As `run`, for a command that needs nothing to be waited for; LATER when it turns out to.
+
+    Then it is to be run again, on another instance: this one has what was emitted before.
+    """
+    if instance._emitted is not None:
+        raise _not_alone(handler)
+    instance._emitted, instance._spoiled = emitted, None
+    try:
+        result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
+    finally:
+        instance._emitted = None
+    if instance._spoiled is not None:
+        raise _went_on(handler) from instance._spoiled
+    return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
+
+
+def _reply_at_once(handler: Handler, result: Any) -> Any:
+    if not inspect.isawaitable(result):
         return jsonlike.copy(result)
+    handler.at_once = ""
     if inspect.iscoroutine(result):
         result.close()
-    return UNFINISHED
+    return LATER
 
 
-def _begin(instance: Actor, handler: Handler, emitted: list[list[Any]]) -> None:
-    if instance._emitted is not None:
-        raise InvariantViolated(f"{handler.name} started while another handler runs in the same actor")
-    instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
+def _went_on(handler: Handler) -> HandlerFailed:
+    return HandlerFailed(f"{handler.name} went on after one of its events had failed")
+
+
+def _not_alone(handler: Handler) -> InvariantViolated:
+    return InvariantViolated(f"{handler.name} started while another handler runs in the same actor")

@@ -156,7 +156,7 @@ class StagedActors:
         portable, state = await aside(row.transfer_bytes, partial(self._unpack, move, row, data))
         return portable.activate(
             self._classes, limits=Limits.of(self._settings), max_state_bytes=self._settings.max_state_bytes,
-            used_at_s=self._clock(), state=state,
+            state=state,
         )  # fmt: skip
 
     def _unpack(self, move: str, row: ManifestRow, data: bytearray) -> tuple[Portable, bytes]:

@@ -17,9 +17,14 @@ class Delivery:
 
     command: Command
     size_bytes: int = 0
-    sender: str = ""  # the process it came from last: a client, or a node that forwarded it
+    subject: str = ""  # it came by
     reply: str = ""
     future: asyncio.Future[Answer] | None = field(default=None, repr=False)
+
+    @property
+    def sender(self) -> str:
+        """The process it came from last: a client, or a node that forwarded it."""
+        return self.subject.rpartition(".")[2]
 
     def answer_here(self, answer: Answer) -> None:
         """Tell whoever waits in this very process."""

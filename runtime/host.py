@@ -30,10 +30,12 @@ from routing.errors import (
     WrongSequence,
 )
 from routing.link import Link
+from routing.local import LATER
 from routing.settings import Settings
 from routing.shard_map import Ownership
 from routing.subjects import Subjects, actor_key
 from runtime import rules
+from runtime.actor import query_at_once
 from runtime.delivery import Delivery
 from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
@@ -42,6 +44,7 @@ from runtime.unit import Buffer, Pause, Unit, UnitState
 
 log = structlog.get_logger("ferry.host")
 
+_OPEN = UnitState.OPEN  # to look a member up on its class costs as much as to find an actor
 OPEN_RETRY_S = 0.05
 INVENTORY_ROWS = 2_000  # of a page: with the longest actor ids 900 kB, below NATS' default payload limit
 RETIRE_AGAIN_S = 30.0  # after a handler outlived its time: until then it serves on
@@ -98,7 +101,7 @@ class Host:
                 self._send_on(name, delivery)
                 return
         try:
-            if unit.state is UnitState.OPEN:
+            if unit.state is _OPEN:
                 self._mailboxes.put(unit, delivery)
             else:
                 unit.buffer.add(delivery)
@@ -117,12 +120,29 @@ class Host:
         """Whether a command for `unit` goes to this host without a network hop."""
         return unit in self.units
 
-    def answer_now(self, command: Command) -> Answer | None:
-        """The answer to a query that needs nothing to be waited for; None when it is to be delivered, or asked."""
-        unit = self.units.get(self._directory.unit_of(command.actor))
-        if unit is None or unit.state is not UnitState.OPEN:
-            return None
-        return self._mailboxes.answer_now(unit, command)
+    def query_at_once(self, actor: ActorId, name: str, arguments: dict[str, Any]) -> Any:
+        """The reply of an actor at rest to a plain query; LATER when anything has to be waited for.
+
+        It is what the mailbox would answer, without a task and a turn of the event loop for it. Raises what the actor
+        answers instead of a reply. The caller sees to it that somebody still waits for it.
+        """
+        unit = self.units.get(self._directory.unit_of(actor))
+        if unit is None or unit.state is not _OPEN:
+            return LATER
+        live = unit.actors.get(actor)
+        if live is None or not live.at_rest(fence=unit.fence):
+            return LATER
+        assert live.instance is not None
+        handler = live.instance.handlers.get(name)
+        if handler is None or handler.at_once != "query" or not self._may_serve():
+            return LATER
+        if (arguments or handler.required) and not handler.fits(arguments):
+            return LATER
+        live.idle_since_s = None
+        try:
+            return query_at_once(live.instance, handler, arguments)
+        except Exception as error:
+            raise live.failed(error, handler) from error
 
     async def ask(self, command: Command) -> Answer:
         """Deliver a command of this very process and await its answer. The caller sets the deadline."""
@@ -472,10 +492,15 @@ class Host:
             log.info("actor not back in its shard yet", actor=str(actor), error=str(error))
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
-        rested = [
-            live.actor_id for live in unit.actors.values()
-            if not live.running and not live.inbox and now_s - live.used_at_s > self._settings.passivate_after_s
-        ]  # fmt: skip
+        """Put to rest whoever has been found idle for long enough: at once, and by no more than a look too late."""
+        rested = []
+        for live in unit.actors.values():
+            if live.running or live.inbox:
+                live.idle_since_s = None
+            elif live.idle_since_s is None:
+                live.idle_since_s = now_s
+            elif now_s - live.idle_since_s > self._settings.passivate_after_s:
+                rested.append(live.actor_id)
         for actor_id in rested:
             del unit.actors[actor_id]
         self.counters["passivated"] += len(rested)

@@ -20,7 +20,7 @@ from typing import Any, assert_never
 from routing.address import IDS_RECALLED, ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.jsonlike import shown
-from routing.link import Entry, Link
+from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
 from runtime.codec import Frame, frame_header, frame_of, join, number, numbers, sequence, split, text
@@ -92,6 +92,11 @@ class Journal:
             rollup=record.kind is Kind.SNAPSHOT,
         )  # fmt: skip
 
+    def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
+        """As `append`, for all but snapshots, without anybody who waits; see Link.append_then."""
+        _, subject = self._place_of(actor)
+        self._link.append_then(subject, encode_record(record), expected=after, timeout_s=self._timeout_s, then=then)
+
     async def tail(self, actor: ActorId) -> tuple[int, Record] | None:
         """The last message of the actor's log, from the leader. Raises Timeout, Unavailable."""
         entry = await self._last(actor)
@@ -138,11 +143,15 @@ def encode_record(record: Record) -> bytes:
     header: dict[str, Any] = {
         "kind": record.kind, "epoch": record.epoch, "incarnation": record.incarnation, "trail": record.trail,
     }  # fmt: skip
+    if record.message_id:  # whose command it answers, so that a repeated one is found again
+        header["id"] = record.message_id
+    if record.session:
+        header["session"], header["number"] = record.session, record.number
     match record.kind:
         case Kind.COMMAND:
-            header |= {**_identity(record), "events": record.events, "reply": record.reply}
+            header["events"], header["reply"] = record.events, record.reply
         case Kind.REJECTION:
-            header |= {**_identity(record), "error": record.error}
+            header["error"] = record.error
         case Kind.SNAPSHOT:
             assert record.frame is not None
             header |= {"memory": record.memory, **frame_header(record.frame)}
@@ -175,13 +184,6 @@ def decode_record(payload: bytes) -> Record:
         raise StateNotPortable(
             f"log entry {payload[:80]!r} cannot be read by this version: {shown(error, 200)}"
         ) from error
-
-
-def _identity(record: Record) -> dict[str, Any]:
-    """Whose command an entry answers, so that a repeated one is found again."""
-    if not record.session:
-        return {"id": record.message_id}
-    return {"id": record.message_id, "session": record.session, "number": record.number}
 
 
 def _identified(header: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from routing import errors
 from routing.address import ActorId
 from routing.envelope import Answer, Command
 from routing.errors import FerryError, HandlerFailed, InvalidInput, PermanentError, Rejected
+from routing.local import LATER
 from runtime import actor as actors
 from runtime import rules
 from runtime.actor import Actor, Handler
-from runtime.codec import aside, capture_state, pack, restore_state, unpack
+from runtime.codec import aside, bytes_of_plain, capture_state, pack, restore_state, unpack
 from runtime.delivery import Delivery
 from runtime.journal import History, Kind, Record
 from runtime.memory import Limits, Memory
@@ -33,11 +34,11 @@ class LiveActor:
     """
 
     __slots__ = (
-        "actor_id", "dirty", "epoch", "inbox", "instance", "memory", "running", "snapshot_from",
-        "state_bytes", "trail", "unverified", "used_at_s", "version",
+        "actor_id", "dirty", "epoch", "idle_since_s", "inbox", "instance", "memory", "running", "snapshot_from",
+        "state_bytes", "trail", "unverified", "version",
     )  # fmt: skip
 
-    def __init__(self, actor_id: ActorId, *, used_at_s: float) -> None:
+    def __init__(self, actor_id: ActorId) -> None:
         self.actor_id = actor_id
         self.instance: Actor | None = None  # None until loaded
         self.version = 0
@@ -48,7 +49,7 @@ class LiveActor:
         self.running = False
         self.dirty = True
         self.unverified = False  # taken over from a move: compare with the log's tail before the first use
-        self.used_at_s = used_at_s
+        self.idle_since_s: float | None = None  # found so when its host last looked; None: used since then
         self.state_bytes = 0  # when last encoded; an estimate for plans
         self.snapshot_from = 0  # how long the log has to be before a snapshot that failed is tried again
 
@@ -73,6 +74,12 @@ class LiveActor:
         self.version, self.epoch, self.trail = version, epoch, trail
         self.dirty = self.unverified = False
 
+    def at_rest(self, *, fence: int) -> bool:
+        """Whether a command that comes now is the only one, and finds the actor ready to serve it."""
+        if self.running or self.inbox or self.dirty or self.unverified:
+            return False
+        return not rules.must_claim(tail_epoch=self.epoch, fence=fence)
+
     def is_current(self, *, fence: int) -> bool:
         """Whether the instance is known to be the end of its log, and that to be beyond its unit's fence."""
         return not (self.dirty or self.unverified or rules.must_claim(tail_epoch=self.epoch, fence=fence))
@@ -91,22 +98,46 @@ class LiveActor:
         Sets `dirty` when the handler failed: it may have changed the instance before it did.
         """
         assert self.instance is not None
-        common: dict[str, Any] = {
-            "epoch": epoch, "incarnation": incarnation, "trail": self.trail, "message_id": command.message_id,
-            "session": command.session, "number": command.number,
-        }  # fmt: skip
-        events: list[list[Any]] = []
+        record = self._record(command, epoch, incarnation)
         self.dirty = True
         try:
-            reply = await actors.run(self.instance, handler, command.arguments, events)
-            self._check_state(events)
+            record.reply = await actors.run(self.instance, handler, command.arguments, record.events)
+            self._check_state(record.events)
         except Exception as error:
-            clean = isinstance(error, Rejected) and not events and self.instance._spoiled is None
-            self.dirty = not clean
-            refusal = as_refusal(error, self.actor_id, command.name)
-            return Record(kind=Kind.REJECTION, error=errors.to_wire(refusal), **common)
-        self.dirty = False
-        return Record(kind=Kind.COMMAND, events=events, reply=reply, **common)
+            self._refuse(record, command, error)
+        else:
+            self.dirty = False
+        return record
+
+    def evaluate_at_once(self, handler: Handler, command: Command, *, epoch: int, incarnation: str) -> Record | None:
+        """As `evaluate`, for a handler with nothing to wait for; None, and `dirty` set, when it turns out to."""
+        assert self.instance is not None
+        record = self._record(command, epoch, incarnation)
+        self.dirty = True
+        try:
+            record.reply = actors.run_at_once(self.instance, handler, command.arguments, record.events)
+            if record.reply is LATER:
+                return None
+            self._check_state(record.events)
+        except Exception as error:
+            self._refuse(record, command, error)
+        else:
+            self.dirty = False
+        return record
+
+    def _record(self, command: Command, epoch: int, incarnation: str) -> Record:
+        return Record(
+            kind=Kind.COMMAND, epoch=epoch, incarnation=incarnation, trail=self.trail, message_id=command.message_id,
+            session=command.session, number=command.number,
+        )  # fmt: skip
+
+    def _refuse(self, record: Record, command: Command, error: Exception) -> None:
+        """Make it the record of a command that was not applied."""
+        assert self.instance is not None
+        clean = isinstance(error, Rejected) and not record.events and self.instance._spoiled is None
+        self.dirty = not clean
+        record.kind, record.events, record.reply = Kind.REJECTION, [], None
+        record.error = errors.to_wire(as_refusal(error, self.actor_id, command.name))
 
     def _check_state(self, events: list[list[Any]]) -> None:
         """Refuse a command that leaves a state which could not be captured later, as long as looking is cheap.
@@ -116,27 +147,21 @@ class LiveActor:
         """
         assert self.instance is not None
         if events and self.state_bytes <= CHECKED_BYTES and not hasattr(self.instance, "capture"):
-            self.state_bytes = len(capture_state(self.instance))
+            size = bytes_of_plain(self.instance)
+            self.state_bytes = len(capture_state(self.instance)) if size is None else size
 
     async def ask(self, handler: Handler, command: Command) -> Answer:
-        """Run a query. Sets `dirty` when it failed: nothing vouches for the instance then."""
+        """Run a query."""
         assert self.instance is not None
         try:
             return Answer(value=await actors.run(self.instance, handler, command.arguments, []))
         except Exception as error:
-            return Answer(error=self._failed(error, command))
+            return Answer(error=self.failed(error, handler))
 
-    def ask_now(self, handler: Handler, command: Command) -> tuple[Any, FerryError | None]:
-        """As `ask`, without a turn of the event loop: (value, error). The value is UNFINISHED when it wants one."""
-        assert self.instance is not None
-        try:
-            return actors.run_query(self.instance, handler, command.arguments), None
-        except Exception as error:
-            return None, self._failed(error, command)
-
-    def _failed(self, error: Exception, command: Command) -> FerryError:
+    def failed(self, error: Exception, handler: Handler) -> FerryError:
+        """What the sender of a query is told when its handler raised; nothing vouches for the instance then."""
         self.dirty = not isinstance(error, Rejected)
-        return as_refusal(error, self.actor_id, command.name)
+        return as_refusal(error, self.actor_id, handler.name)
 
     async def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
         """Only who has the actor to itself may ask. Raises StateNotPortable, PayloadTooLarge."""
@@ -179,7 +204,7 @@ def replay(instance: Actor, memory: Memory, record: Record) -> None:
 
 def remember(memory: Memory, record: Record) -> None:
     """Keep the answer that a record of the log carries."""
-    if record.kind in (Kind.COMMAND, Kind.REJECTION):
+    if record.message_id:  # of a command or a rejection
         memory.add(record.message_id, record.reply, record.error, session=record.session, number=record.number)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 import structlog
@@ -28,10 +29,11 @@ from routing.errors import (
     from_wire,
     to_wire,
 )
+from routing.local import LATER
 from routing.session_id import opened_at
 from routing.settings import Settings
 from runtime import rules
-from runtime.actor import UNFINISHED, ActorClasses, Handler
+from runtime.actor import ActorClasses, Handler, query_at_once
 from runtime.delivery import Delivery
 from runtime.journal import History, Journal, Kind, Record
 from runtime.live_actor import LiveActor, replay
@@ -58,46 +60,24 @@ class Mailboxes:
 
     def __init__(
         self, *, journal: Journal, classes: ActorClasses, settings: Settings, incarnation: str,
-        may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any], clock: Callable[[], float],
+        may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
         self._journal, self._classes, self._settings = journal, classes, settings
-        self._incarnation, self._may_serve, self._spawn, self._clock = incarnation, may_serve, spawn, clock
+        self._incarnation, self._may_serve, self._spawn = incarnation, may_serve, spawn
         self._looks: dict[LiveActor, list[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
-        self._waiting_queries: set[Callable[..., Any]] = set()  # not `async`, but they answered with an awaitable
         self._host: Host
 
     def attach(self, host: Host) -> None:
         self._host = host
-
-    def answer_now(self, unit: Unit, command: Command) -> Answer | None:
-        """The answer to a plain query of an actor at rest in an open unit; None when anything has to be waited for.
-
-        It is what the mailbox would answer, without a task and a turn of the event loop for it. The caller sees to it
-        that somebody still waits for it.
-        """
-        live = unit.actors.get(command.actor)
-        if live is None or live.instance is None or live.running or live.inbox or not live.is_current(fence=unit.fence):
-            return None
-        handler = live.instance.handlers.get(command.name)
-        if handler is None or handler.kind != "query" or handler.is_async or not handler.fits(command.arguments):
-            return None
-        if command.linearizable or command.session:
-            return None
-        if not self._may_serve() or handler.function in self._waiting_queries:
-            return None
-        live.used_at_s = self._clock()
-        value, error = live.ask_now(handler, command)
-        if value is UNFINISHED:
-            self._waiting_queries.add(handler.function)
-            return None
-        return self._stamped(unit, command, value, error)
 
     def put(self, unit: Unit, delivery: Delivery) -> None:
         """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""
         actor_id = delivery.command.actor
         live = unit.actors.get(actor_id)
         if live is None:
-            live = unit.actors[actor_id] = LiveActor(actor_id, used_at_s=self._clock())
+            live = unit.actors[actor_id] = LiveActor(actor_id)
+        elif live.at_rest(fence=unit.fence) and self._served_at_once(unit, live, delivery):
+            return
         if live.inbox is None:
             live.inbox = deque()
         if len(live.inbox) >= self._settings.mailbox_messages:
@@ -108,21 +88,92 @@ class Mailboxes:
             unit.mailbox_started()
             self._spawn(self._run(unit, live))
 
-    async def _run(self, unit: Unit, live: LiveActor) -> None:
+    # -- without a task: nothing to wait for but the append ----------------------------------------------------------
+    def _served_at_once(self, unit: Unit, live: LiveActor, delivery: Delivery) -> bool:
+        """Answer a query, or decide a command and send off its append; False when anything else has to be waited for.
+
+        It is what `_run` does, without a task and its turns of the event loop; `_appended` hears how the append ended.
+        """
+        command = delivery.command
+        if command.session or command.linearizable or not self._may_serve() or self._host.expired(command):
+            return False
+        assert live.instance is not None
+        assert live.memory is not None
+        handler = live.instance.handlers.get(command.name)
+        if handler is None or not handler.fits(command.arguments):
+            return False
+        if handler.at_once == "query":
+            return self._queried_at_once(unit, live, handler, delivery)
+        if handler.at_once != "command" or live.memory.commands.answer_to(command.message_id) is not None:
+            return False
+        record = live.evaluate_at_once(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
+        if record is None:
+            return False
+        live.running = True
+        unit.mailbox_started()
         try:
+            then = partial(self._appended, unit, live, delivery, record)
+            self._journal.append_then(live.actor_id, record, after=live.version, then=then)
+        except Exception as error:
+            self._go_on(unit, live, delivery, error)
+        return True
+
+    def _queried_at_once(self, unit: Unit, live: LiveActor, handler: Handler, delivery: Delivery) -> bool:
+        assert live.instance is not None
+        live.idle_since_s = None
+        try:
+            answer = Answer(value=query_at_once(live.instance, handler, delivery.command.arguments))
+        except Exception as error:
+            answer = Answer(error=live.failed(error, handler))
+        if answer.value is LATER:
+            return False
+        self._answer(unit, delivery, answer)
+        return True
+
+    def _appended(
+        self, unit: Unit, live: LiveActor, delivery: Delivery, record: Record, outcome: int | FerryError
+    ) -> None:
+        try:
+            if isinstance(outcome, FerryError):
+                raise outcome
+            self._answer(unit, delivery, self._stored(live, record, outcome))
+            if live.inbox or self._snapshot_is_due(unit, live):
+                self._spawn(self._run(unit, live))
+            else:
+                self._rest(unit, live)
+        except Exception as error:
+            self._go_on(unit, live, delivery, error)
+
+    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery, error: Exception) -> None:
+        """What was begun without a task failed: a task decides it again, or ends the node where that was a bug."""
+        live.dirty = True
+        failed = None if isinstance(error, PayloadTooLarge) else error  # decided again, that becomes a logged refusal
+        self._spawn(self._run(unit, live, (delivery, failed)))
+
+    # -- with a task -------------------------------------------------------------------------------------------------
+    async def _run(self, unit: Unit, live: LiveActor, begun: tuple[Delivery, Exception | None] | None = None) -> None:
+        """Serve what waits for an actor; first what was `begun` without a task and failed, and how."""
+        try:
+            if begun is not None:
+                await self._serve(unit, live, *begun)
+            await self._snapshot_when_due(unit, live)
+            self._let_look(live)
             while live.inbox and unit.state is UnitState.OPEN:
-                delivery = live.inbox.popleft()
-                await self._serve(unit, live, delivery)
+                await self._serve(unit, live, live.inbox.popleft())
+                await self._snapshot_when_due(unit, live)
                 self._let_look(live)
         finally:
-            live.running = False
-            self._let_look(live)
-            live.used_at_s = self._clock()
-            unit.mailbox_stopped()
-            if not live.inbox:
-                live.inbox = None
-                if live.instance is None and unit.actors.get(live.actor_id) is live:
-                    del unit.actors[live.actor_id]  # it never came to life: do not count it as one
+            self._rest(unit, live)
+
+    def _rest(self, unit: Unit, live: LiveActor) -> None:
+        live.running = False
+        self._let_look(live)
+        live.idle_since_s = None
+        unit.mailbox_stopped()
+        if not live.inbox:
+            live.inbox = None
+            if live.instance is None and unit.actors.get(live.actor_id) is live:
+                del unit.actors[live.actor_id]  # it never came to life: do not count it as one
 
     async def between_commands(self, live: LiveActor, look: Callable[[], T]) -> T:
         """Call `look` when no command of this actor is being decided: at once, or as soon as the current one is."""
@@ -141,9 +192,12 @@ class Mailboxes:
             except FerryError as error:
                 looked.set_exception(error)
 
-    async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery) -> None:
-        """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known."""
-        command, pause_s, maybe_landed = delivery.command, RETRY_FIRST_S, False
+    async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery, failed: Exception | None = None) -> None:
+        """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known.
+
+        `failed` is how it ended when it was tried before.
+        """
+        command, pause_s, maybe_landed = delivery.command, RETRY_FIRST_S, isinstance(failed, InDoubt)
         handler = self._handler_for(command)
         if isinstance(handler, InvalidInput) and not command.number:
             self._answer(unit, delivery, Answer(error=handler))
@@ -160,6 +214,9 @@ class Mailboxes:
                 self._host.counters["expired"] += 1
                 return  # nobody waits for the answer, and nothing was appended
             try:
+                if failed is not None:
+                    earlier, failed = failed, None
+                    raise earlier
                 if not self._may_serve():
                     raise Unavailable("this node has lost its lease: it serves again when NATS answers")
                 answer = await self._decide(unit, live, handler, delivery)
@@ -185,8 +242,6 @@ class Mailboxes:
                 return
             else:
                 self._answer(unit, delivery, answer)
-                if isinstance(handler, InvalidInput) or handler.kind == "command":
-                    await self._snapshot_when_due(unit, live)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
@@ -233,6 +288,10 @@ class Mailboxes:
             live.dirty = True
             record = self._refusal(unit, live, command, error)
             version = await self._journal.append(live.actor_id, record, after=live.version)
+        return self._stored(live, record, version)
+
+    def _stored(self, live: LiveActor, record: Record, version: int) -> Answer:
+        """What is answered to a command whose record has landed as `version`."""
         live.stored(record, version)
         self._host.counters["commands"] += 1
         if record.error is not None:
@@ -389,13 +448,16 @@ class Mailboxes:
         except (Timeout, Unavailable) as error:
             log.warning("fenced, and the map cannot be read yet", unit=unit.name, error=str(error))
 
-    async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
-        """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
-        every = self._settings.snapshot_every
+    def _snapshot_is_due(self, unit: Unit, live: LiveActor) -> bool:
         if not live.snapshot_from:
+            every = self._settings.snapshot_every
             times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
             live.snapshot_from = every if times < 2 else every << times.bit_length()
-        if len(live.trail) < live.snapshot_from or live.dirty or unit.state is not UnitState.OPEN:
+        return len(live.trail) >= live.snapshot_from and not live.dirty and unit.state is UnitState.OPEN
+
+    async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
+        """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
+        if not self._snapshot_is_due(unit, live):
             return
         try:
             record = await live.snapshot(
@@ -416,11 +478,9 @@ class Mailboxes:
             self._host.counters["snapshots"] += 1
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
-        self._host.answer(delivery, self._stamped(unit, delivery.command, answer.value, answer.error))
-
-    def _stamped(self, unit: Unit, command: Command, value: Any, error: FerryError | None) -> Answer:
-        """What this node tells the sender of `command`; everything it says for an actor goes through here."""
-        return Answer(value=value, error=error, owner=self._host.node_id, epoch=unit.epoch)
+        """Tell the sender of a command what became of it, and who says so; all that is said for an actor goes here."""
+        answer.owner, answer.epoch = self._host.node_id, unit.epoch
+        self._host.answer(delivery, answer)
 
 
 def _expired(live: LiveActor, floor: int) -> SessionExpired:

@@ -97,12 +97,12 @@ class Node:
         self._arrivals = StagedActors(classes=self._classes, settings=settings, clock=self._clock)
         mailboxes = Mailboxes(
             journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation,
-            may_serve=lambda: self._lease.trusted, spawn=self.spawn, clock=self._clock,
+            may_serve=self._lease.is_trusted, spawn=self.spawn,
         )  # fmt: skip
         self.host = Host(
             node_id=self.id, incarnation=self.incarnation, link=self._link, directory=self._directory,
             subjects=subjects, settings=settings, mailboxes=mailboxes, arrivals=self._arrivals, spawn=self.spawn,
-            may_serve=lambda: self._lease.trusted,
+            may_serve=self._lease.is_trusted,
             clock=self._clock, wall_clock=self._wall_clock, counters=counters,
         )  # fmt: skip
         self._handover = Handover(
@@ -195,16 +195,20 @@ class Node:
         self._subscriptions = []
         running = [unit for unit in self.host.units.values() if unit.running]
         await asyncio.gather(*(unit.quiet(STOP_S) for unit in running), return_exceptions=True)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         try:
             await self._lease.release()  # after the task that renews it has ended
         except TransientError as error:
             log.warning("lease not released: it runs out by itself", error=str(error))
         await self._transfer_link.close()
         await self._link.close()
+        await self._end_tasks()  # of those who were told then that their append is in doubt
         log.info("node stopped", node=self.id)
+
+    async def _end_tasks(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _owned(self) -> int:
         return sum(1 for entry in self._directory.entries().values() if entry.ownership.owner == self.id)
@@ -242,7 +246,7 @@ class Node:
                 pause_s = self._lease.renew_every_s
             except TransientError as error:
                 pause_s = TICK_S
-                log.warning("lease not renewed", node=self.id, trusted=self._lease.trusted, error=str(error))
+                log.warning("lease not renewed", node=self.id, trusted=self._lease.is_trusted(), error=str(error))
 
     async def _keep_ticking(self) -> None:
         while True:
@@ -269,14 +273,8 @@ class Node:
             if message.reply:
                 self.spawn(self._reply(message.reply, encode_answer(Answer(error=error))))
             return
-        if message.reply and not self.host.expired(command):
-            answer = self.host.answer_now(command)
-            if answer is not None:
-                self.host.tell(message.reply, command, answer)
-                return
-        sender = message.subject.rpartition(".")[2]
         self.host.deliver(
-            Delivery(command=command, size_bytes=len(message.payload), sender=sender, reply=message.reply)
+            Delivery(command=command, size_bytes=len(message.payload), subject=message.subject, reply=message.reply)
         )
 
     def _on_control(self, message: Message) -> None:
@@ -349,7 +347,7 @@ class Node:
             "id": self.id, "incarnation": self.incarnation, "state": self.state, "shards": self._owned(),
             "actors": self.host.actors_total(), "staged": len(self._arrivals),
             "paused": sorted(unit.name for unit in self.host.units.values() if unit.pause is not None),
-            "counters": dict(self.host.counters), "serving": self._lease.trusted,
+            "counters": dict(self.host.counters), "serving": self._lease.is_trusted(),
         }  # fmt: skip
 
 

@@ -56,9 +56,8 @@ class Portable:
         return unpack(self.frame, max_bytes=max_state_bytes)
 
     def activate(
-        self, classes: ActorClasses, *, limits: Limits, max_state_bytes: int, used_at_s: float,
-        state: bytes | None = None,
-    ) -> LiveActor:  # fmt: skip
+        self, classes: ActorClasses, *, limits: Limits, max_state_bytes: int, state: bytes | None = None
+    ) -> LiveActor:
         """An inactive actor to be verified against the log before its first use. `state` saves unpacking it again.
 
         Raises StateNotPortable, UnknownActorType, PayloadTooLarge: the destination's code cannot take it over.
@@ -66,7 +65,7 @@ class Portable:
         actor_class = classes.get(self.actor_id.actor_type)
         unpacked = self.state(max_state_bytes) if state is None else state
         instance = restore_state(actor_class, unpacked, self.frame.schema)
-        live = LiveActor(self.actor_id, used_at_s=used_at_s)
+        live = LiveActor(self.actor_id)
         memory = Memory.from_document(self.memory, limits)
         live.stand_at(instance, memory, version=self.version, epoch=self.epoch, trail=self.trail)
         live.unverified, live.state_bytes = True, self.frame.state_bytes

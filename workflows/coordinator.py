@@ -165,7 +165,7 @@ class Coordinator:
 
     # -- lease ---------------------------------------------------------------------------------------------------------
     async def _hold_lease(self) -> None:
-        stood_still = self.leading and not self._lease.trusted
+        stood_still = self.leading and not self._lease.is_trusted()
         held = await self._lease.hold({"name": self.name})
         if held and stood_still:
             self._await_renewals()  # NATS or this process stood still, and so perhaps did everybody's renewals
@@ -187,7 +187,7 @@ class Coordinator:
 
     @property
     def _may_lead(self) -> bool:
-        return self.leading and self._lease.trusted
+        return self.leading and self._lease.is_trusted()
 
     # -- ownership -----------------------------------------------------------------------------------------------------
     async def _tend_ownership(self) -> None:

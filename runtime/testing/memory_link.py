@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from routing.errors import FerryError, InDoubt, PayloadTooLarge, Timeout, Unavailable
-from routing.link import Entry, EntryHandler, Handler, Message, StreamSpec
+from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
 from runtime.testing.memory_stream import MemoryStream, matches
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class MemoryLink:
         self._up, self._down = _Wire(server, server.context), _Wire(server, context)
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
         self._in_flight: set[asyncio.Future[Any]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._watches: list[_MemoryWatch] = []
         self._reconnect_callbacks: list[Callable[[], None]] = []
@@ -139,17 +140,39 @@ class MemoryLink:
         rollup: bool = False, ttl_s: float | None = None, discard: bool = False,
     ) -> int:  # fmt: skip
         payload = b"" if discard else payload
+        store = partial(self._store, subject, payload, expected=expected, rollup=rollup, ttl_s=ttl_s, discard=discard)
+        return await self._appended(self._append(subject, payload, store), subject, timeout_s)
+
+    def append_then(
+        self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended
+    ) -> None:  # fmt: skip
+        async def tell() -> None:
+            try:
+                outcome: int | FerryError = await self._appended(future, subject, timeout_s)
+            except FerryError as error:
+                outcome = error
+            then(outcome)
+
+        store = partial(self._store, subject, payload, expected=expected, rollup=False, ttl_s=None, discard=False)
+        future = self._append(subject, payload, store)
+        task = asyncio.get_running_loop().create_task(tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    def _append(self, subject: str, payload: bytes, store: Callable[[], int]) -> asyncio.Future[int]:
         self._check(subject, payload)
+        return self._ask(self._fate("append", subject), store)
 
-        def store() -> int:
-            server, stream = self._server, self._server.stream_of(subject)
-            stored = stream.append(subject, payload, expected=expected, rollup=rollup, ttl_s=ttl_s, discard=discard)
-            if server.on_append is not None:
-                server.on_append(Entry(sequence=stored, subject=subject, payload=payload, removed=discard))
-            return stored
+    def _store(self, subject: str, payload: bytes, *, discard: bool, **how: Any) -> int:
+        server, stream = self._server, self._server.stream_of(subject)
+        stored = stream.append(subject, payload, discard=discard, **how)
+        if server.on_append is not None:
+            server.on_append(Entry(sequence=stored, subject=subject, payload=payload, removed=discard))
+        return stored
 
+    async def _appended(self, future: asyncio.Future[int], subject: str, timeout_s: float) -> int:
         try:
-            return await self._call(self._fate("append", subject), subject, store, timeout_s)
+            return await self._answer(future, subject, timeout_s)
         except Timeout as error:
             raise InDoubt(f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message") from error
 
@@ -208,6 +231,10 @@ class MemoryLink:
         """Run `operation` at the server and bring back what it returns or raises."""
         if not closing:
             self._check(subject, b"")
+        return await self._answer(self._ask(fate, operation), subject, timeout_s)
+
+    def _ask(self, fate: Fault, operation: Callable[[], T]) -> asyncio.Future[T]:
+        """Send `operation` to the server; what it returns or raises there will be in the future."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def arrive() -> None:
@@ -219,7 +246,7 @@ class MemoryLink:
                 self._down.send(answer)
 
         self._send(fate, arrive)
-        return await self._answer(future, subject, timeout_s)
+        return future
 
     async def _answer(self, future: asyncio.Future[T], subject: str, timeout_s: float) -> T:
         expired = Timeout(f"no answer from {subject} within {timeout_s:g} s: try again")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from routing.errors import Incompatible, PayloadTooLarge, Timeout, Unavailable, WrongSequence
+from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Handler, Link, Message, StreamSpec
 
 if TYPE_CHECKING:
@@ -232,6 +232,58 @@ class TestStreams:
             Entry(sequence=second, subject="ev.a", payload=b"2"),
             Entry(sequence=third, subject="ev.a", payload=b"3"),
         ]
+
+    async def test_an_append_that_nobody_waits_for_tells_how_it_ended(self, link_pair: LinkPair) -> None:
+        """Property: whoever is to be told hears what `append` would have returned or raised, once."""
+        alice, _ = link_pair
+        await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+        told: asyncio.Queue[object] = asyncio.Queue()
+        elsewhere: asyncio.Queue[object] = asyncio.Queue()
+
+        for expected in (0, 0, 1):
+            alice.append_then("ev.a", b"%d" % expected, expected=expected, timeout_s=WAIT_S, then=told.put_nowait)
+        alice.append_then("nobody", b"", expected=0, timeout_s=WAIT_S, then=elsewhere.put_nowait)
+
+        first, refused, second = await take(told, 3)
+        (unheard,) = await take(elsewhere, 1)
+        assert (first, second) == (1, 2)
+        assert isinstance(refused, WrongSequence)
+        assert isinstance(unheard, Unavailable)
+        last = await alice.last("journal", "ev.a", timeout_s=WAIT_S)
+        assert last is not None
+        assert (last.sequence, last.payload) == (2, b"1")
+        assert told.empty()
+        assert elsewhere.empty()
+
+    async def test_an_append_that_certainly_was_not_sent_is_refused_at_once(self, link_pair: LinkPair) -> None:
+        """Property: then nobody is told anything later."""
+        alice, bob = link_pair
+        told: list[object] = []
+
+        with pytest.raises(PayloadTooLarge):
+            alice.append_then("ev.a", bytes(2_000_000), expected=0, timeout_s=WAIT_S, then=told.append)
+        await bob.close()
+        with pytest.raises(Unavailable):
+            bob.append_then("ev.a", b"", expected=0, timeout_s=WAIT_S, then=told.append)
+
+        assert told == []
+
+    async def test_closing_leaves_no_append_untold(self, link_pair: LinkPair) -> None:
+        """Property: each has landed by then or is in doubt, and is told once."""
+        alice, bob = link_pair
+        await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+        told: list[object] = []
+        for number in range(100):
+            alice.append_then(f"ev.{number}", b"", expected=0, timeout_s=WAIT_S, then=told.append)
+
+        await alice.close()
+
+        await until(lambda: len(told) >= 100)
+        assert all(isinstance(outcome, int | InDoubt) for outcome in told)
+        stored = [await bob.last("journal", f"ev.{number}", timeout_s=WAIT_S) for number in range(100)]
+        landed = {entry.sequence for entry in stored if entry is not None}
+        assert {outcome for outcome in told if isinstance(outcome, int)} <= landed
+        assert len(told) == 100
 
     async def test_of_rival_appends_exactly_one_lands(self, link_pair: LinkPair) -> None:
         """Property: of appends that expect the same sequence one is stored and the others are WrongSequence."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import BadSubjectError, ConnectionClosedError
 
-from routing.nats_wire import WireClient, _Messages, headers_of
+from routing.nats_wire import WireClient, _is_subject, _Messages, headers_of
 
 if TYPE_CHECKING:
     from tests.contract.conftest import NatsServer
@@ -21,6 +21,12 @@ WAIT_S = 15.0  # a hang guard, never reached when things work
 SUBJECTS = st.sampled_from([b"a", b"ferry.default.cmd.a", "grün".encode()])
 MESSAGES = st.tuples(SUBJECTS, st.sampled_from([b"", b"_INBOX.x.~1"]), st.binary(max_size=60), st.booleans())
 LINES = st.sampled_from([b"PING\r\n", b"+OK\r\n", b'INFO {"server_id":"MSG a f1 0"}\r\n', b"-ERR 'slow'\r\n"])
+
+
+@given(st.text(st.characters() | st.sampled_from(" \t\r\n\x0b\x1c\x85\u2028\u3000")))
+def test_a_subject_has_no_blank_of_any_kind(text: str) -> None:
+    """The quick look agrees with the rule."""
+    assert _is_subject(text) == (text != "" and not any(character.isspace() for character in text))
 
 
 class Heard:

@@ -135,6 +135,11 @@ def _t3() -> list[Patch]:
     ]
 
 
+def _nothing_at_once() -> Patch:
+    """Every command has a task, and every append goes through `Journal.append`."""
+    return mock.patch.object(Mailboxes, "_served_at_once", return_value=False)
+
+
 def _t4() -> list[Patch]:
     real = Journal.append
 
@@ -147,7 +152,7 @@ def _t4() -> list[Patch]:
             tail = await self.tail(actor)
             return await real(self, actor, record, after=tail[0] if tail else 0)
 
-    return [mock.patch.object(Journal, "append", append)]
+    return [mock.patch.object(Journal, "append", append), _nothing_at_once()]
 
 
 def _t5() -> list[Patch]:
@@ -240,6 +245,7 @@ def _rejections_not_logged() -> list[Patch]:
 
     return [
         mock.patch.object(Journal, "append", appending),
+        _nothing_at_once(),
         mock.patch.object(live_actor.LiveActor, "stored", remembering),
     ]
 

@@ -23,10 +23,11 @@ from unittest import mock
 from routing import control
 from routing.address import ActorId, shard_of
 from routing.control import COORDINATOR
-from routing.envelope import Answer, Command
+from routing.envelope import Answer
 from routing.errors import FerryError, OutOfOrder, Quarantined, Rejected
 from routing.settings import Settings
 from routing.subjects import actor_of_key, shard_key
+from runtime.delivery import Delivery
 from runtime.mailbox import Mailboxes
 from runtime.testing import MemoryNats
 from runtime.testing.virtual_time import VirtualTimeLoop
@@ -166,19 +167,19 @@ class World:
     # -- a schedule --------------------------------------------------------------------------------------------------
     def run(self) -> Result:
         """Play the whole schedule on a loop of its own, and judge it."""
-        stamped, chronicle = Mailboxes._stamped, self.chronicle
+        answer, chronicle = Mailboxes._answer, self.chronicle
 
-        def stamping(mailboxes: Mailboxes, unit: Unit, command: Command, value: Any, error: Any) -> Answer:
-            actor = command.actor
+        def answering(mailboxes: Mailboxes, unit: Unit, delivery: Delivery, given: Answer) -> None:
+            actor, error = delivery.command.actor, given.error
             live = unit.actors.get(actor)
             if live is not None and (error is None or isinstance(error, Rejected | OutOfOrder)):
                 what = type(error).__name__ if error is not None else "a value"
                 chronicle.on_answer(str(actor), unit.name, unit.epoch, mailboxes._incarnation, live.version, what)
-            return stamped(mailboxes, unit, command, value, error)
+            answer(mailboxes, unit, delivery, given)
 
         with (
             mock.patch.object(uuid, "uuid4", _uuids(Random(self.chance.random()))),
-            mock.patch.object(Mailboxes, "_stamped", stamping),
+            mock.patch.object(Mailboxes, "_answer", answering),
         ):
             asyncio.set_event_loop(None)
             try:

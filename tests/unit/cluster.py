@@ -19,7 +19,7 @@ from routing.control import StepRequest
 from routing.directory import Directory, MapEntry
 from routing.envelope import Answer, Command, decode_answer, encode_command
 from routing.errors import FerryError, WrongSequence
-from routing.link import Entry, Link, Message
+from routing.link import Appended, Entry, Link, Message
 from routing.router import Router
 from routing.settings import Settings
 from routing.shard_map import abort, assign, failover, lock
@@ -90,6 +90,17 @@ class Ledger(Actor):
         """Not `async`, and yet it answers with something to be awaited; and it changes what it was given."""
         items.pop()
         return self._later(items)
+
+    @command
+    def write_later(self, *, entry: Any) -> Awaitable[list[Any]]:
+        """Not `async`, and yet it answers with something to be awaited, after it has changed the state."""
+        self.emit("written", entry=entry)
+        return self._later(self.entries)
+
+    @command
+    def shout(self, *, size_bytes: int) -> str:
+        self.emit("written", entry="shouted")
+        return "!" * size_bytes
 
     async def _later(self, items: list[Any]) -> list[Any]:
         return items
@@ -346,6 +357,13 @@ class ForgetfulLink:
         if kept is not None and expected is not None and expected != kept:
             raise WrongSequence(f"{subject} ends at {kept}")
         return await self._link.append(subject, payload, expected=expected, timeout_s=timeout_s, **more)
+
+    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+        kept = self._kept(subject)
+        if kept is not None and expected != kept:
+            then(WrongSequence(f"{subject} ends at {kept}"))
+        else:
+            self._link.append_then(subject, payload, expected=expected, timeout_s=timeout_s, then=then)
 
 
 @contextlib.asynccontextmanager

@@ -532,7 +532,7 @@ async def test_a_command_that_leaves_a_state_no_node_could_take_over_is_refused(
         def added(self, sku: Any) -> None:
             self.items[sku] = 1
 
-    live = LiveActor(ActorId("cart", "q"), used_at_s=0.0)
+    live = LiveActor(ActorId("cart", "q"))
     live.stand_at(Cart(), Memory(Limits(8, 8)), version=0, epoch=0, trail=())
     wrong = Command(actor=live.actor_id, name="add", arguments={"sku": 5}, message_id="m", expires_ms=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing import jsonlike
 from routing.address import MAX_KEY_BYTES, ActorId, check_node_id, shard_of
 from routing.errors import InvalidInput
 
@@ -35,6 +37,14 @@ def test_an_actor_id_reads_back_from_its_token(actor: ActorId) -> None:
 def test_a_token_is_one_plain_subject_token(actor: ActorId) -> None:
     """No dot, star, angle bracket or space gets through: no key can reach another subject."""
     assert re.fullmatch(r"[A-Za-z0-9_=-]+", actor.token)
+
+
+@given(actor_ids)
+def test_an_actor_id_survives_pickling_and_is_no_json(actor: ActorId) -> None:
+    """Another process hashes text differently; and what would arrive as a list is refused."""
+    assert pickle.loads(pickle.dumps(actor)) == actor
+    with pytest.raises(TypeError):
+        jsonlike.dumps({"actor": actor})
 
 
 @given(st.sets(actor_ids, min_size=2))

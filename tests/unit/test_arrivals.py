@@ -78,9 +78,7 @@ def test_pieces_in_any_order_and_repeated_make_the_same_actors(seed: int, chunk_
     assert arriving.verify() == 3
     taken = {live.actor_id.key: live for live in arriving.staged.take(UNIT, "m")}
     assert {key: live.instance.coins for key, live in taken.items()} == {  # type: ignore[union-attr]
-        jar.actor_id.key: jar.activate(
-            ActorClasses([Jar]), limits=Limits(8, 8), max_state_bytes=2**20, used_at_s=0
-        ).instance.coins  # type: ignore[union-attr]
+        jar.actor_id.key: jar.activate(ActorClasses([Jar]), limits=Limits(8, 8), max_state_bytes=2**20).instance.coins  # type: ignore[union-attr]
         for jar in arriving.jars
     }
 

@@ -48,7 +48,7 @@ async def test_of_two_contenders_exactly_one_holds() -> None:
     held = await asyncio.gather(one.hold({"name": "one"}), other.hold({"name": "other"}))
 
     assert sorted(held) == [False, True]
-    assert [one.trusted, other.trusted] == list(held)
+    assert [one.is_trusted(), other.is_trusted()] == list(held)
 
 
 @virtually
@@ -60,9 +60,9 @@ async def test_a_renewed_lease_is_kept_for_as_long_as_it_is_renewed() -> None:
     for _ in range(RENEWALS_PER_LEASE * 4):
         assert await one.hold({"name": "one"})
         await asyncio.sleep(one.renew_every_s)
-        assert one.trusted
+        assert one.is_trusted()
         assert not await other.hold({"name": "other"})
-        assert not other.trusted
+        assert not other.is_trusted()
 
 
 @virtually
@@ -82,12 +82,12 @@ async def test_a_holder_that_stops_renewing_loses_it_to_the_next() -> None:
 
     await asyncio.sleep(TTL_S - 0.1)
     assert not await other.hold({})
-    assert not one.trusted
+    assert not one.is_trusted()
 
     await asyncio.sleep(0.1 + MARKER_DELAY_S)
     assert await other.hold({})
     assert not await one.hold({})
-    assert not one.trusted
+    assert not one.is_trusted()
 
 
 @virtually
@@ -104,9 +104,9 @@ async def test_trust_is_counted_from_before_the_sending() -> None:
 
     last_possible_send_s = answered_s - 2 * server.latency_s
     await asyncio.sleep(asked_s + TTL_S * TRUSTED_SHARE - 0.01 - clock())
-    assert lease.trusted
+    assert lease.is_trusted()
     await asyncio.sleep(last_possible_send_s + TTL_S * TRUSTED_SHARE + 0.01 - clock())
-    assert not lease.trusted
+    assert not lease.is_trusted()
 
 
 @pytest.mark.parametrize("fault", ["drop_request", "drop_reply", "late"])
@@ -127,9 +127,9 @@ def test_a_renewal_without_an_answer_extends_nothing(fault: Fault) -> None:
 
         assert server.faults == []
         await asyncio.sleep(max(0, held_s + TTL_S * TRUSTED_SHARE + 0.01 - clock()))
-        assert not lease.trusted
+        assert not lease.is_trusted()
         assert await lease.hold({})
-        assert lease.trusted
+        assert lease.is_trusted()
 
     check()
 
@@ -146,11 +146,11 @@ def test_a_first_acquisition_of_unknown_fate_is_recognised_as_ones_own(fault: Fa
 
         with pytest.raises((Timeout, Unavailable)):
             await lease.hold({})
-        assert not lease.trusted
+        assert not lease.is_trusted()
         await asyncio.sleep(2.0)  # a late one has landed by now, and has not expired yet
 
         assert await lease.hold({})
-        assert lease.trusted
+        assert lease.is_trusted()
 
     check()
 
@@ -175,7 +175,7 @@ async def test_one_lost_renewal_costs_no_trust() -> None:
     began_s = clock()
     while clock() < began_s + 2 * TTL_S:
         await asyncio.sleep(0.05)
-        if not lease.trusted:
+        if not lease.is_trusted():
             distrusted_s.append(round(clock() - began_s, 2))
     renewing.cancel()
 
@@ -195,7 +195,7 @@ async def test_without_a_link_nothing_is_held() -> None:
         await lease.hold({})
 
     await asyncio.sleep(TTL_S * TRUSTED_SHARE)
-    assert not lease.trusted
+    assert not lease.is_trusted()
 
 
 @virtually
@@ -207,7 +207,7 @@ async def test_a_released_lease_is_free_at_once() -> None:
 
     await one.release()
 
-    assert not one.trusted
+    assert not one.is_trusted()
     assert await other.holder() == (None, (await other.holder())[1])
     assert await other.hold({})
 
@@ -238,7 +238,7 @@ async def test_a_released_lease_can_be_taken_again_by_the_same_holder() -> None:
     await lease.release()
 
     assert await lease.hold({})
-    assert lease.trusted
+    assert lease.is_trusted()
 
 
 @virtually
@@ -249,10 +249,10 @@ async def test_an_expired_lease_that_nobody_took_is_acquired_again_at_the_first_
     for away_s in (TTL_S, TTL_S + MARKER_DELAY_S, TTL_S * 20):
         assert await lease.hold({})
         await asyncio.sleep(away_s)
-        assert not lease.trusted
+        assert not lease.is_trusted()
 
         assert await lease.hold({}), away_s
-        assert lease.trusted
+        assert lease.is_trusted()
 
 
 @virtually
@@ -293,7 +293,7 @@ async def test_garbage_under_the_key_does_not_crash_a_contender() -> None:
     except (InvalidInput, InDoubt, Timeout, Unavailable):
         held = False
 
-    assert held == lease.trusted
+    assert held == lease.is_trusted()
 
 
 @virtually
@@ -304,11 +304,11 @@ async def test_a_suspended_machine_stops_trusting() -> None:
     await found_or_join(link, SETTINGS)
     lease = Lease(link, BUCKET, KEY, incarnation="one", ttl_s=TTL_S, clock=lambda: now_s[0])
     await lease.hold({})
-    assert lease.trusted
+    assert lease.is_trusted()
 
     now_s[0] += 3600
 
-    assert not lease.trusted
+    assert not lease.is_trusted()
 
 
 @given(st.binary(max_size=40))

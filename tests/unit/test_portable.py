@@ -18,7 +18,7 @@ from runtime.memory import Limits
 from runtime.portable import Portable
 
 MAX_BYTES = 2**20
-LIMITS: dict[str, Any] = {"limits": Limits(8, 8), "max_state_bytes": MAX_BYTES, "used_at_s": 1.0}
+LIMITS: dict[str, Any] = {"limits": Limits(8, 8), "max_state_bytes": MAX_BYTES}
 
 
 class Jar(Actor):

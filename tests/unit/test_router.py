@@ -29,6 +29,7 @@ from routing.errors import (
     UnknownCommand,
 )
 from routing.link import Message
+from routing.local import LATER
 from routing.router import Router, new_message_id
 from routing.settings import Settings
 from routing.shard_map import assign, bind, failover
@@ -449,13 +450,15 @@ class Here:
 
     def __init__(self, answer: Callable[[Command], Awaitable[Answer]]) -> None:
         self.answer = answer
-        self.now: Answer | None = None
+        self.now: Any = LATER
         self.asked: list[Command] = []
 
     def serves(self, unit: str) -> bool:
         return unit == UNIT
 
-    def answer_now(self, command: Command) -> Answer | None:
+    def query_at_once(self, actor: ActorId, name: str, arguments: dict[str, Any]) -> Any:
+        if isinstance(self.now, FerryError):
+            raise self.now
         return self.now
 
     def ask(self, command: Command) -> Awaitable[Answer]:
@@ -495,7 +498,7 @@ async def test_a_local_answer_that_is_there_at_once_is_taken_and_others_get_thei
         raise AssertionError
 
     _, here, router = await local_router(answer)
-    here.now = Answer(value=[1], owner="a", epoch=1)
+    here.now = [1]
     asked = 0
 
     async def ask_for_ever() -> None:
@@ -543,6 +546,44 @@ async def test_a_local_refusal_is_raised_as_what_it_is() -> None:
         await router.send_message(ACTOR, "add")
 
     assert len({command.message_id for command in here.asked}) == 1
+
+
+@virtually
+async def test_a_refusal_that_is_there_at_once_is_raised_as_the_network_would_have_brought_it() -> None:
+    """One caller's changes to it are not another's."""
+
+    async def answer(_command: Command) -> Answer:
+        raise AssertionError
+
+    _, here, router = await local_router(answer)
+    here.now = Rejected("no")
+
+    with pytest.raises(Rejected, match="no") as caught:
+        await router.send_message(ACTOR, "add")
+
+    assert caught.value is not here.now
+
+
+@virtually
+@pytest.mark.parametrize(
+    "sent", [{"name": []}, {"name": "x" * 201}, {"arguments": []}, {"message_id": ""}, {"timeout_s": 0.0},
+             {"timeout_s": float("nan")}],
+)  # fmt: skip
+async def test_what_no_other_node_could_receive_is_refused_even_where_an_answer_is_there_at_once(
+    sent: dict[str, Any],
+) -> None:
+    """The short way to an actor that is here must not take what the long one refuses."""
+
+    async def answer(_command: Command) -> Answer:
+        return Answer(value=None, owner="a", epoch=1)
+
+    _, here, router = await local_router(answer)
+    here.now = [1] if "name" not in sent else LATER
+
+    with pytest.raises(InvalidInput):
+        await router.send_message(**{"actor": ACTOR, "name": "add", **sent})
+
+    assert here.asked == []
 
 
 @virtually

@@ -151,7 +151,7 @@ async def test_t15_an_owner_that_missed_something_looks_again_before_it_sends_a_
 async def stale_memory(small: SmallCluster) -> Any:
     """The actor as it stood after its first command."""
     first = small.log("k")[0]
-    live = LiveActor(KEY, used_at_s=0.0)
+    live = LiveActor(KEY)
     history = History(version=first.sequence, epoch=1, records=((first.sequence, decode_record(first.payload)),))
     live.restore(Ledger, history, limits=Limits.of(small.settings), max_state_bytes=2**20)
     return live

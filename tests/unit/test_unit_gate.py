@@ -37,13 +37,13 @@ def test_what_waits_leaves_in_the_order_it_came() -> None:
 def test_one_sender_does_not_take_the_room_of_the_others() -> None:
     """Its own commands over the bound are sent back; another sender's are taken."""
     buffer = Buffer(10, 1000, per_sender=2)
-    mine = [replace(delivery(n), sender="busy") for n in range(3)]
+    mine = [replace(delivery(n), subject="to.busy") for n in range(3)]
     buffer.add(mine[0])
     buffer.add(mine[1])
 
     with pytest.raises(Busy, match="2 of your commands"):
         buffer.add(mine[2])
-    buffer.add(replace(delivery(4), sender="quiet"))
+    buffer.add(replace(delivery(4), subject="to.quiet"))
 
     assert len(buffer.take_all()) == 3
     buffer.add(mine[2])
