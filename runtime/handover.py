@@ -28,6 +28,7 @@ from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
 from runtime import rules
+from runtime.catch_up import CatchUp
 from runtime.chunks import ChunkSender
 from runtime.codec import number, numbers, text
 from runtime.errand import Errand
@@ -52,11 +53,11 @@ class Handover:
     """Moves units out of a host, one verb at a time."""
 
     def __init__(
-        self, *, host: Host, mailboxes: Mailboxes, link: Link, transfer_link: Link, directory: Directory,
-        subjects: Subjects, settings: Settings, clock: Callable[[], float], failpoints: Failpoints,
-        spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        self, *, host: Host, mailboxes: Mailboxes, catch_up: CatchUp, link: Link, transfer_link: Link,
+        directory: Directory, subjects: Subjects, settings: Settings, clock: Callable[[], float],
+        failpoints: Failpoints, spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
-        self._host, self._mailboxes = host, mailboxes
+        self._host, self._catch_up = host, catch_up
         self._link, self._spawn = link, spawn
         self._directory, self._subjects, self._settings, self._clock = directory, subjects, settings, clock
         self._failpoints = failpoints
@@ -206,7 +207,7 @@ class Handover:
             if live.instance is None:
                 continue  # its first message came with the gate: the log has all there is of it
             if live.dirty or not live.unverified:
-                await self._mailboxes.make_current(unit, live, still_alone)
+                await self._catch_up.make_current(unit, live, still_alone)
             # else it came by a move and nobody has used it since: it goes on as it came, and is compared with its log
             # before its first use there as it would have been here. Reading a thousand logs now would be half a second.
             known = outgoing.precopied.get(live.actor_id)

@@ -37,6 +37,7 @@ from routing.subjects import Subjects, actor_key
 from runtime import rules
 from runtime.actor import query_at_once
 from runtime.delivery import Delivery
+from runtime.homecoming import Homecoming
 from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.rules import Verdict
@@ -47,7 +48,6 @@ log = structlog.get_logger("ferry.host")
 _OPEN = UnitState.OPEN  # to look a member up on its class costs as much as to find an actor
 OPEN_RETRY_S = 0.05
 INVENTORY_ROWS = 2_000  # of a page: with the longest actor ids 900 kB, below NATS' default payload limit
-RETIRE_AGAIN_S = 30.0  # after a handler outlived its time: until then it serves on
 REST_SHARE = 0.05  # of the passivation time lies between two looks for idle actors of a unit
 
 
@@ -87,6 +87,10 @@ class Host:
         self._clock, self._wall_clock = clock, wall_clock
         self._outbox: deque[Coroutine[Any, Any, None]] = deque()
         self._sending = False
+        self._homecoming = Homecoming(
+            units=self.units, directory=directory, incarnation=incarnation, reopen=self._reopen, spawn=spawn,
+            may_serve=may_serve, clock=clock, drain_handlers_s=settings.drain_handlers_s,
+        )  # fmt: skip
         mailboxes.attach(self)
         directory.on_change(self._on_map)
 
@@ -433,63 +437,7 @@ class Host:
                 unit.rest_at_s = now_s + REST_SHARE * self._settings.passivate_after_s * _spread(unit.name)
                 self._passivate(unit, now_s)
             for text, _ in unit.ownership.apart if unit.ownership is not None else ():
-                await self._return_to_shard(unit, ActorId.parse(text))
-
-    async def _return_to_shard(self, unit: Unit, actor: ActorId) -> None:
-        """Have an actor that is apart back in its shard, `unit`, if it is unpinned and this node owns both."""
-        name = actor_key(actor)
-        own, shard, held = self._directory.get(name), self._directory.get(unit.name), self.units.get(name)
-        if own is None or shard is None or unit.state is not UnitState.OPEN or not self._directory.counts(name):
-            return
-        if own.ownership.retired:
-            await self._take_back(unit, actor)
-        elif held is None or held.state is not UnitState.OPEN or self._clock() < held.retire_from_s:
-            return
-        elif shard_map.may_retire(own.ownership, shard.ownership):
-            held.state = UnitState.RETIRING
-            self._spawn(self._retire(unit, held, actor))
-
-    async def _retire(self, unit: Unit, held: Unit, actor: ActorId) -> None:
-        """Close an actor's own unit, write RETIRE, and take the actor back.
-
-        It is written once no handler runs, and it stays closed as long as nobody knows whether that has landed: its
-        shard may go elsewhere and take the actor along, so nothing must be answered from here. It opens again only over
-        a write that the late one cannot follow.
-        """
-        try:
-            await held.quiet(self._settings.drain_handlers_s)
-        except Busy as error:
-            log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
-            held.retire_from_s = self._clock() + RETIRE_AGAIN_S
-            if held.state is UnitState.RETIRING:
-                self._reopen(held)  # nothing was written yet
-            return
-        while held.state is UnitState.RETIRING:
-            try:
-                own = await self._directory.refresh(held.name)
-                shard = self._directory.get(unit.name)
-                if held.state is not UnitState.RETIRING or own is None or shard is None or not self._may_serve():
-                    continue
-                back = shard_map.may_retire(own.ownership, shard.ownership)
-                after = shard_map.retire(own.ownership, incarnation=self.incarnation) if back else own.ownership
-                await self._directory.transition(held.name, own, after)
-            except (TransientError, InDoubt, NotApplicable) as error:
-                log.warning("actor not back in its shard yet", actor=str(actor), error=str(error))
-            finally:
-                if held.state is UnitState.RETIRING:
-                    await asyncio.sleep(OPEN_RETRY_S)
-        await self._take_back(unit, actor)
-
-    async def _take_back(self, unit: Unit, actor: ActorId) -> None:
-        """TAKE BACK for an actor whose own key is retired; tried again at the next tick when it does not go through."""
-        own, shard = self._directory.get(actor_key(actor)), self._directory.get(unit.name)
-        if own is None or shard is None or not own.ownership.retired or unit.state is not UnitState.OPEN:
-            return
-        try:
-            back = shard_map.take_back(shard.ownership, str(actor), own.ownership, incarnation=self.incarnation)
-            await self._directory.transition(unit.name, shard, back)
-        except (TransientError, InDoubt, NotApplicable) as error:
-            log.info("actor not back in its shard yet", actor=str(actor), error=str(error))
+                await self._homecoming.bring_back(unit, ActorId.parse(text))
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
         """Put to rest whoever has been found idle for long enough: at once, and by no more than a look too late."""

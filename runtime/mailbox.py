@@ -20,7 +20,6 @@ from routing.errors import (
     OutOfOrder,
     PayloadTooLarge,
     PermanentError,
-    Quarantined,
     SessionExpired,
     StateNotPortable,
     Timeout,
@@ -34,11 +33,11 @@ from routing.session_id import opened_at
 from routing.settings import Settings
 from runtime import rules
 from runtime.actor import ActorClasses, Handler, query_at_once
+from runtime.catch_up import CatchUp, Fenced
 from runtime.delivery import Delivery
-from runtime.journal import History, Journal, Kind, Record
-from runtime.live_actor import LiveActor, replay
-from runtime.memory import Limits
-from runtime.rules import Admission, Standing
+from runtime.journal import Journal, Kind, Record
+from runtime.live_actor import LiveActor
+from runtime.rules import Admission
 from runtime.unit import Unit, UnitState
 
 if TYPE_CHECKING:
@@ -51,18 +50,14 @@ T = TypeVar("T")
 RETRY_FIRST_S, RETRY_MOST_S = 0.01, 0.5
 
 
-class _Fenced(NotApplicable):
-    """The log holds a higher epoch than this node serves at: whoever wrote it owns the actor now."""
-
-
 class Mailboxes:
     """Runs the inboxes of all actors of a host. A mailbox is a task only while its inbox is not empty."""
 
     def __init__(
-        self, *, journal: Journal, classes: ActorClasses, settings: Settings, incarnation: str,
+        self, *, journal: Journal, catch_up: CatchUp, classes: ActorClasses, settings: Settings, incarnation: str,
         may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
-        self._journal, self._classes, self._settings = journal, classes, settings
+        self._journal, self._catch_up, self._classes, self._settings = journal, catch_up, classes, settings
         self._incarnation, self._may_serve, self._spawn = incarnation, may_serve, spawn
         self._looks: dict[LiveActor, list[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
         self._host: Host
@@ -220,7 +215,7 @@ class Mailboxes:
                 if not self._may_serve():
                     raise Unavailable("this node has lost its lease: it serves again when NATS answers")
                 answer = await self._decide(unit, live, handler, delivery)
-            except _Fenced:
+            except Fenced:
                 await self._step_down(unit)
             except InDoubt:
                 live.dirty = maybe_landed = True
@@ -267,7 +262,7 @@ class Mailboxes:
         """
         command = delivery.command
         if not live.is_current(fence=unit.fence):
-            await self.make_current(unit, live)
+            await self._catch_up.make_current(unit, live)
         if isinstance(handler, Handler) and handler.kind == "query":
             return await self._query(unit, live, handler, command)
         assert live.memory is not None
@@ -309,10 +304,10 @@ class Mailboxes:
         """Answer a query from memory, after a look at the end of the log where it asks for that. Raises OutOfOrder."""
         assert live.memory is not None
         if command.linearizable:
-            await self._look_again(unit, live)
+            await self._catch_up.look_again(unit, live)
         if command.after and (live.memory.sessions.last(command.session) or 0) < command.after:
             if not command.linearizable:
-                await self._look_again(unit, live)
+                await self._catch_up.look_again(unit, live)
             sessions = live.memory.sessions
             if sessions.last(command.session) is None and opened_at(command.session) <= sessions.floor:
                 raise _expired(live, sessions.floor)
@@ -328,7 +323,7 @@ class Mailboxes:
         """
         assert live.memory is not None
         if self._admit(live, command) in (Admission.GAP, Admission.EXPIRED):
-            await self._look_again(unit, live)
+            await self._catch_up.look_again(unit, live)
         sessions = live.memory.sessions
         match self._admit(live, command):
             case Admission.NEXT:
@@ -352,94 +347,6 @@ class Mailboxes:
             command.number, last=sessions.last(command.session), opened=opened_at(command.session),
             floor=sessions.floor,
         )  # fmt: skip
-
-    async def _look_again(self, unit: Unit, live: LiveActor) -> None:
-        """Make sure that the instance is the end of the log as the leader has it now, and ours."""
-        live.unverified = True
-        await self.make_current(unit, live)
-
-    async def make_current(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None] = lambda: None) -> None:
-        """Load, verify and claim as needed; afterwards the instance is the end of the log and ours to append to.
-
-        Only who has the actor to itself may call: its running mailbox, or a capture while the unit is paused. The
-        latter passes `still_alone`, which raises once the pause is over; it is asked after every wait, before anything
-        of the actor is changed.
-
-        Raises _Fenced, Quarantined, StateNotPortable, UnknownActorType, and what reading and appending raise.
-        """
-        if live.unverified:
-            await self._verify(unit, live, still_alone)
-        if live.dirty:
-            history = await self._journal.load(live.actor_id)
-            still_alone()
-            self._check(unit, live, history.version, history.epoch)
-            self._restore(live, history)
-            self._host.counters["activations"] += 1
-        if rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
-            claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
-            live.dirty = True
-            version = await self._journal.append(live.actor_id, claim, after=live.version)
-            still_alone()
-            live.dirty = False
-            live.stored(claim, version)
-
-    async def _verify(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None]) -> None:
-        """Compare an actor that came by a move with the end of its log: the log is the truth, the state a cache."""
-        tail = await self._journal.tail(live.actor_id)
-        still_alone()
-        version, record = tail if tail is not None else (0, None)
-        standing = self._check(unit, live, version, record.epoch if record is not None else 0)
-        live.dirty = live.unverified = False
-        if standing is Standing.BEHIND and tail is not None:
-            await self._replay_to(live, tail, still_alone)
-
-    async def replay_on(self, live: LiveActor) -> None:
-        """Bring an actor that only the caller knows to the end of its log. It is of no use when this raises."""
-        tail = await self._journal.tail(live.actor_id)
-        if tail is not None and tail[0] > live.version:
-            await self._replay_to(live, tail, lambda: None)
-            if live.dirty:
-                self._restore(live, await self._journal.load(live.actor_id))
-
-    def _restore(self, live: LiveActor, history: History) -> None:
-        live.restore(
-            self._classes.get(live.actor_id.actor_type), history, limits=Limits.of(self._settings),
-            max_state_bytes=self._settings.max_state_bytes,
-        )  # fmt: skip
-
-    async def _replay_to(self, live: LiveActor, tail: tuple[int, Record], still_alone: Callable[[], None]) -> None:
-        """Replay what the log has after the held version, if it still has it; else leave the actor dirty."""
-        assert live.memory is not None
-        live.dirty = True
-        history = await self._journal.after(live.actor_id, live.version, tail)
-        still_alone()
-        if history is None or live.instance is None:
-            return
-        for _, record in history.records:
-            replay(live.instance, live.memory, record)
-        live.stand_at(
-            live.instance, live.memory, version=history.version, epoch=history.epoch,
-            trail=(*tail[1].trail, history.version),
-        )  # fmt: skip
-        self._host.counters["replayed"] += len(history.records)
-
-    def _check(self, unit: Unit, live: LiveActor, version: int, epoch: int) -> Standing:
-        standing = rules.compare(
-            held_version=live.version, held_epoch=unit.epoch, tail_version=version, tail_epoch=epoch
-        )
-        match standing:
-            case Standing.FENCED:
-                raise _Fenced(f"log of {live.actor_id} is at epoch {epoch}, {unit.name} here at {unit.epoch}: not ours")
-            case Standing.SHORTER:
-                self._host.counters["quarantined"] += 1
-                raise Quarantined(
-                    f"log of {live.actor_id} ends at {version}, but {live.version} was acknowledged: NATS lost data;"
-                    " restore its storage, then restart this node"
-                )
-            case Standing.CURRENT | Standing.BEHIND:
-                return standing
-            case _:
-                assert_never(standing)
 
     async def _step_down(self, unit: Unit) -> None:
         """The log says somebody else owns this unit: learn it from the map, which then drops or re-opens the unit."""

@@ -36,6 +36,7 @@ from routing.settings import Settings
 from routing.subjects import Subjects, node_key
 from runtime.actor import ActorClasses
 from runtime.arrivals import StagedActors
+from runtime.catch_up import CatchUp
 from runtime.delivery import Delivery
 from runtime.handover import Handover
 from runtime.host import Host
@@ -95,8 +96,11 @@ class Node:
         )
         journal = Journal(self._link, subjects, shards_total=born.shards, append_timeout_s=settings.append_timeout_s)
         self._arrivals = StagedActors(classes=self._classes, settings=settings, clock=self._clock)
+        catch_up = CatchUp(
+            journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation, counters=counters
+        )
         mailboxes = Mailboxes(
-            journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation,
+            journal=journal, catch_up=catch_up, classes=self._classes, settings=settings, incarnation=self.incarnation,
             may_serve=self._lease.is_trusted, spawn=self.spawn,
         )  # fmt: skip
         self.host = Host(
@@ -106,12 +110,12 @@ class Node:
             clock=self._clock, wall_clock=self._wall_clock, counters=counters,
         )  # fmt: skip
         self._handover = Handover(
-            host=self.host, mailboxes=mailboxes, link=self._link, transfer_link=self._transfer_link,
+            host=self.host, mailboxes=mailboxes, catch_up=catch_up, link=self._link, transfer_link=self._transfer_link,
             directory=self._directory, subjects=subjects, settings=settings, clock=self._clock,
             failpoints=self._failpoints, spawn=self.spawn,
         )  # fmt: skip
         self._reception = Reception(
-            host=self.host, mailboxes=mailboxes, arrivals=self._arrivals, directory=self._directory, settings=settings,
+            host=self.host, catch_up=catch_up, arrivals=self._arrivals, directory=self._directory, settings=settings,
             clock=self._clock, failpoints=self._failpoints,
         )  # fmt: skip
         self.router = Router(

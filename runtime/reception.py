@@ -18,9 +18,9 @@ from routing.errors import FerryError, NotApplicable
 from routing.failpoints import Failpoints
 from routing.settings import Settings
 from runtime.arrivals import StagedActors
+from runtime.catch_up import CatchUp
 from runtime.handover import ACTIVATE_S, PATIENCE
 from runtime.host import Host
-from runtime.mailbox import Mailboxes
 
 NEWS_S = 0.05  # the map's watch tells of a COMMIT at about the time its source does
 
@@ -29,10 +29,10 @@ class Reception:
     """Takes in what sources send to a host, one verb at a time. Every verb may be asked again."""
 
     def __init__(
-        self, *, host: Host, mailboxes: Mailboxes, arrivals: StagedActors, directory: Directory, settings: Settings,
+        self, *, host: Host, catch_up: CatchUp, arrivals: StagedActors, directory: Directory, settings: Settings,
         clock: Callable[[], float], failpoints: Failpoints,
     ) -> None:  # fmt: skip
-        self._host, self._mailboxes, self._arrivals = host, mailboxes, arrivals
+        self._host, self._catch_up, self._arrivals = host, catch_up, arrivals
         self._directory, self._settings, self._clock, self._failpoints = directory, settings, clock, failpoints
 
     async def handle_migration_request(self, request: MigrationRequest) -> dict[str, Any]:
@@ -76,6 +76,6 @@ class Reception:
     async def _verified_here(self, move: str, *, ahead: bool = False) -> dict[str, Any]:
         until_s = self._clock() + self._settings.append_timeout_s * PATIENCE
         ready = await self._arrivals.verify(move, until_s=until_s, ahead=ahead)
-        await self._arrivals.catch_up(move, self._mailboxes.replay_on)
+        await self._arrivals.catch_up(move, self._catch_up.replay_on)
         answer: dict[str, Any] = {"actors": ready, "incarnation": self._host.incarnation}
         return answer if ready == self._arrivals.announced(move) else answer | {"pending": True}

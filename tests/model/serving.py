@@ -98,7 +98,7 @@ def _decide(world: World, state: State, index: int, node: Node, command: int) ->
 def make_current(world: World, state: State, index: int) -> Node | None:
     """The node once its actor is at the end of the log and its own: perhaps it has to append a claim first.
 
-    None when the log is fenced. As Mailboxes.make_current, whose reads are of the leader.
+    None when the log is fenced. As CatchUp.make_current, whose reads are of the leader.
     """
     node, log = state.nodes[index], state.log
     end = len(log)

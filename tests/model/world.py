@@ -21,7 +21,7 @@ class Without(StrEnum):
     CONCLUDING_ANEW = "S4"  # StepContext.settle: a record launched meanwhile is settled anew, not ended as concluded
     LOGGED_REJECTIONS = "T11"  # LiveActor.evaluate: a refusal is a record of Kind.REJECTION
     PAUSE_UNTIL_THE_MAP = "T13"  # Host.tick: an overdue pause writes ABORT; only `judge` opens the gate
-    READING_BEFORE_GAP = "T15"  # Mailboxes._known_in_session: `_look_again` before GAP or EXPIRED is answered
+    READING_BEFORE_GAP = "T15"  # Mailboxes._known_in_session: `look_again` before GAP or EXPIRED is answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

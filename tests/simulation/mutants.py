@@ -18,6 +18,7 @@ from routing.directory import Directory, MapEntry
 from routing.errors import InDoubt, NotApplicable, WrongSequence
 from routing.shard_map import Ownership
 from runtime import live_actor, rules
+from runtime.catch_up import CatchUp
 from runtime.handover import Handover
 from runtime.host import Host
 from runtime.journal import Journal, Kind, Record
@@ -286,10 +287,10 @@ def _stale_resume() -> list[Patch]:
 
 
 def _no_second_look() -> Patch:
-    async def look_again(self: Mailboxes, unit: Unit, live: Any) -> None:
+    async def look_again(self: CatchUp, unit: Unit, live: Any) -> None:
         return None
 
-    return mock.patch.object(Mailboxes, "_look_again", look_again)
+    return mock.patch.object(CatchUp, "look_again", look_again)
 
 
 def _t14() -> list[Patch]:

@@ -416,10 +416,10 @@ async def test_a_replay_that_fails_leaves_the_actor_lacking_instead_of_half() ->
             raise Timeout("the log does not answer")
 
         await small.steps(request, until_verb="serialize")
-        ahead, replay_on = chunks(small), destination._reception._mailboxes.replay_on
-        destination._reception._mailboxes.replay_on = fail  # type: ignore[method-assign]
+        ahead, replay_on = chunks(small), destination._reception._catch_up.replay_on
+        destination._reception._catch_up.replay_on = fail  # type: ignore[method-assign]
         await small.step("send", request)
-        destination._reception._mailboxes.replay_on = replay_on  # type: ignore[method-assign]
+        destination._reception._catch_up.replay_on = replay_on  # type: ignore[method-assign]
 
         announced = destination._arrivals._moves["m"].actors[0]
         assert announced.live is None
