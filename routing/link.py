@@ -65,6 +65,10 @@ class Link(Protocol):
     @property
     def connected(self) -> bool: ...
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether what is sent now leaves, as far as is known: connected, and not too much waits to be sent."""
+
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         """Send at most once. Raises Unavailable when not connected, PayloadTooLarge over the server's limit."""
 
@@ -102,7 +106,8 @@ class Link(Protocol):
     def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
         """As `append`, without anybody who waits: `then` is called once, with the sequence or what `append` raises.
 
-        Raises Unavailable and PayloadTooLarge itself where nothing was sent; then `then` is not called.
+        That may be within `close`. Raises Unavailable and PayloadTooLarge itself where nothing was sent; then `then` is
+        not called. Nothing holds a sender back: ask `takes_more` before.
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:

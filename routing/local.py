@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from routing.address import ActorId
 from routing.envelope import Answer, Command
 
-LATER: Any = object()  # instead of a reply: something has to be waited for
+LATER: Any = object()  # instead of a reply: it has to be asked for where there is somebody to wait
 
 
 class LocalNode(Protocol):

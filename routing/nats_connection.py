@@ -214,6 +214,11 @@ class NatsConnection:
         task.add_done_callback(self._endings.discard)
 
     # -- messages --------------------------------------------------------------------------------------------------
+    @property
+    def takes_more(self) -> bool:
+        client = self._client
+        return client is not None and client.is_connected and not self._too_much_waits(client)
+
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, BARRIER_TIMEOUT_S)
@@ -275,8 +280,6 @@ class NatsConnection:
         What certainly was not sent is raised here. `then` must not raise.
         """
         client = self._attached()
-        if self._too_much_waits(client):
-            raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
         token = self._answers.expect_then(subject, timeout_s, then)
         try:
             self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)

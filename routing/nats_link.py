@@ -106,6 +106,10 @@ class NatsLink:
         return await self._connection.round_trip_s()
 
     # -- messages --------------------------------------------------------------------------------------------------
+    @property
+    def takes_more(self) -> bool:
+        return self._connection.takes_more
+
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         await self._connection.publish(subject, payload, reply=reply)
 
@@ -148,7 +152,7 @@ class NatsLink:
             acknowledged = await self._connection.request_alone(subject, payload, timeout_s=timeout_s, headers=headers)
         except Timeout as error:
             raise _append_in_doubt(subject, timeout_s) from error
-        return _appended(subject, expected, acknowledged)
+        return _sequence_in(subject, expected, acknowledged)
 
     def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
         def answered(answer: bytes | FerryError) -> None:
@@ -156,7 +160,7 @@ class NatsLink:
                 then(_append_in_doubt(subject, timeout_s) if isinstance(answer, Timeout) else answer)
                 return
             try:
-                outcome: int | FerryError = _appended(subject, expected, answer)
+                outcome: int | FerryError = _sequence_in(subject, expected, answer)
             except FerryError as error:
                 outcome = error
             then(outcome)
@@ -257,14 +261,14 @@ async def _check_jetstream(connection: NatsConnection, timeout_s: float) -> None
         raise Incompatible(f"NATS server {connection.server_version} has no JetStream ({_said(refusal)}): {mend}")
 
 
-def _appended(subject: str, expected: int | None, acknowledged: bytes) -> int:
+def _sequence_in(subject: str, expected: int | None, acknowledged: bytes) -> int:
     """The sequence in the answer to an append. Raises what `Link.append` does where that is a refusal, or none."""
     try:
         answer = orjson.loads(acknowledged)
         if "error" in answer:
             raise _append_refused(subject, expected, answer["error"])
         return int(answer["seq"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InDoubt(f"unreadable acknowledgement {acknowledged[:80]!r} for {subject}: read again") from error
 
 

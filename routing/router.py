@@ -40,7 +40,7 @@ ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have die
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
 _FOREVER_S = math.inf
-TURN = 1_024  # local answers in a row, a millisecond or two, before others get theirs
+TURN = 1_024  # questions to actors here, a millisecond or two, before others get their turn
 
 
 class Router:
@@ -59,7 +59,7 @@ class Router:
         self._sender, self._local, self._wall_clock = sender, local, wall_clock
         self._max_command_bytes = max_command_bytes
         self._clock: Callable[[], float] | None = None  # the loop's; to ask for the loop each time is a system call
-        self._answered_at_once = 0  # in this turn of the event loop, without a wait
+        self._asked_here = 0  # in this turn of the event loop: what is answered at once lets nobody else run
         self._learned: dict[str, tuple[int, NodeId]] = {}  # unit -> (epoch, owner) from answers, until the map is there
         directory.on_change(self._forget)
 
@@ -82,14 +82,14 @@ class Router:
             None if bare else self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
         )
         if self._local is not None and not linearizable and 0 < timeout_s < _FOREVER_S:
+            self._asked_here += 1
+            if not 1 < self._asked_here <= TURN:
+                await self._turn()
             try:
                 reply = self._local.query_at_once(actor, name, {} if command is None else command.arguments)
             except FerryError as error:
                 return _value(_received(Answer(error=error)))
             if reply is not LATER:
-                self._answered_at_once += 1
-                if not 1 < self._answered_at_once <= TURN:
-                    await self._turn()
                 return reply
         if command is None:
             command = self.prepare(actor, name, linearizable=linearizable)
@@ -171,6 +171,9 @@ class Router:
             raise Timeout(f"{owner} answered what cannot be read: {error}") from error  # so it may have been applied
 
     async def _ask_here(self, local: LocalNode, command: Command, timeout_s: float) -> Answer:
+        self._asked_here += 1
+        if not 1 < self._asked_here <= TURN:
+            await self._turn()
         try:
             async with asyncio.timeout(timeout_s):
                 return _received(await local.ask(command))
@@ -178,14 +181,14 @@ class Router:
             raise Timeout(f"no answer from this node within {timeout_s:g} s") from error
 
     async def _turn(self) -> None:
-        """Begin to count what a turn of the event loop brings without a wait; let others run when that is much."""
-        if self._answered_at_once == 1:
+        """Begin to count what one turn of the event loop asks; let others run when that is much."""
+        if self._asked_here == 1:
             asyncio.get_running_loop().call_soon(self._new_turn)
-        elif self._answered_at_once > TURN:
+        else:
             await asyncio.sleep(0)
 
     def _new_turn(self) -> None:
-        self._answered_at_once = 0
+        self._asked_here = 0
 
     def _route(self, unit: str) -> tuple[NodeId | None, int]:
         owner, epoch = self._directory.owner_of(unit)

@@ -25,6 +25,7 @@ any other change. Set an attribute to None rather than deleting it: restoring se
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
@@ -106,6 +107,13 @@ class Handler:
         if not arguments:
             return not self.required
         return self.known is not None and self.required <= arguments.keys() <= self.known
+
+    def call(self, instance: Actor, arguments: dict[str, Any]) -> Any:
+        """Its result, or what is to be awaited for that. It gets a copy of the arguments. Whatever it raises rises."""
+        try:
+            return self.function(instance, **jsonlike.copy(arguments)) if arguments else self.function(instance)
+        except asyncio.CancelledError as error:  # it read a cancelled future's result: nobody cancels a plain function
+            raise HandlerFailed(f"{self.name} met what was cancelled") from error
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raises InvalidInput when the arguments do not fit the signature."""
@@ -253,7 +261,7 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
         raise _not_alone(handler)
     instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
     try:
-        result = handler.function(instance, **jsonlike.copy(arguments))
+        result = handler.call(instance, arguments)
         if handler.is_async or inspect.isawaitable(result):
             result = await result
     finally:
@@ -267,7 +275,7 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
     """As `run`, for a query that needs nothing to be waited for; LATER when it turns out to, and is to be run again."""
     if instance._emitted is not None:
         raise _not_alone(handler)
-    result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
+    result = handler.call(instance, arguments)
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
 
 
@@ -280,7 +288,7 @@ def run_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any], em
         raise _not_alone(handler)
     instance._emitted, instance._spoiled = emitted, None
     try:
-        result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
+        result = handler.call(instance, arguments)
     finally:
         instance._emitted = None
     if instance._spoiled is not None:

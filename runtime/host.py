@@ -96,7 +96,10 @@ class Host:
 
     # -- a command arrives -------------------------------------------------------------------------------------------
     def deliver(self, delivery: Delivery) -> None:
-        """Queue a command for its actor, let it wait at the gate, or send it on to the owner. Never blocks."""
+        """Serve a command or queue it, let it wait at the gate, or send it on to the owner. Raises nothing.
+
+        It may run the actor's handler.
+        """
         name = self._directory.unit_of(delivery.command.actor)
         unit = self.units.get(name)
         if unit is None:
@@ -146,7 +149,8 @@ class Host:
         try:
             return query_at_once(live.instance, handler, arguments)
         except Exception as error:
-            raise live.failed(error, handler) from error
+            refusal = live.failed(error, handler)
+            raise refusal from (None if refusal is error else error)
 
     async def ask(self, command: Command) -> Answer:
         """Deliver a command of this very process and await its answer. The caller sets the deadline."""
@@ -440,7 +444,7 @@ class Host:
                 await self._homecoming.bring_back(unit, ActorId.parse(text))
 
     def _passivate(self, unit: Unit, now_s: float) -> None:
-        """Put to rest whoever has been found idle for long enough: at once, and by no more than a look too late."""
+        """Put to rest whoever has been found idle for long enough; that is seen up to two looks too late."""
         rested = []
         for live in unit.actors.values():
             if live.running or live.inbox:

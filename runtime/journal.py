@@ -80,6 +80,11 @@ class Journal:
 
         self._place_of = place_of  # (stream, subject) of an actor's log
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether an append would leave now, not wait for what was sent before."""
+        return self._link.takes_more
+
     async def append(self, actor: ActorId, record: Record, *, after: int) -> int:
         """Store `record` after version `after`; returns the new version.
 

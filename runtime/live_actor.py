@@ -98,46 +98,45 @@ class LiveActor:
         Sets `dirty` when the handler failed: it may have changed the instance before it did.
         """
         assert self.instance is not None
-        record = self._record(command, epoch, incarnation)
-        self.dirty = True
+        record = self._begin(command, epoch, incarnation)
         try:
-            record.reply = await actors.run(self.instance, handler, command.arguments, record.events)
-            self._check_state(record.events)
+            reply = await actors.run(self.instance, handler, command.arguments, record.events)
+            return self._decided(record, reply)
         except Exception as error:
-            self._refuse(record, command, error)
-        else:
-            self.dirty = False
-        return record
+            return self._refused(record, command, error)
 
     def evaluate_at_once(self, handler: Handler, command: Command, *, epoch: int, incarnation: str) -> Record | None:
         """As `evaluate`, for a handler with nothing to wait for; None, and `dirty` set, when it turns out to."""
         assert self.instance is not None
-        record = self._record(command, epoch, incarnation)
-        self.dirty = True
+        record = self._begin(command, epoch, incarnation)
         try:
-            record.reply = actors.run_at_once(self.instance, handler, command.arguments, record.events)
-            if record.reply is LATER:
-                return None
-            self._check_state(record.events)
+            reply = actors.run_at_once(self.instance, handler, command.arguments, record.events)
+            return None if reply is LATER else self._decided(record, reply)
         except Exception as error:
-            self._refuse(record, command, error)
-        else:
-            self.dirty = False
-        return record
+            return self._refused(record, command, error)
 
-    def _record(self, command: Command, epoch: int, incarnation: str) -> Record:
+    def _begin(self, command: Command, epoch: int, incarnation: str) -> Record:
+        self.dirty = True
         return Record(
             kind=Kind.COMMAND, epoch=epoch, incarnation=incarnation, trail=self.trail, message_id=command.message_id,
             session=command.session, number=command.number,
         )  # fmt: skip
 
-    def _refuse(self, record: Record, command: Command, error: Exception) -> None:
-        """Make it the record of a command that was not applied."""
+    def _decided(self, record: Record, reply: Any) -> Record:
+        """Raises StateNotPortable."""
+        record.reply = reply
+        self._check_state(record.events)
+        self.dirty = False
+        return record
+
+    def _refused(self, record: Record, command: Command, error: Exception) -> Record:
+        """The record of a command that was not applied."""
         assert self.instance is not None
         clean = isinstance(error, Rejected) and not record.events and self.instance._spoiled is None
         self.dirty = not clean
         record.kind, record.events, record.reply = Kind.REJECTION, [], None
         record.error = errors.to_wire(as_refusal(error, self.actor_id, command.name))
+        return record
 
     def _check_state(self, events: list[list[Any]]) -> None:
         """Refuse a command that leaves a state which could not be captured later, as long as looking is cheap.
@@ -213,4 +212,11 @@ def as_refusal(error: Exception, actor_id: ActorId, name: str) -> FerryError:
     if isinstance(error, (Rejected, InvalidInput)):
         return error
     log.error("handler failed", actor=str(actor_id), command=name, exc_info=error)
-    return HandlerFailed(f"{name!r} of {actor_id} raised {type(error).__name__}: {error}; nothing was applied")
+    return HandlerFailed(f"{name!r} of {actor_id} raised {_in_words(error)}; nothing was applied")
+
+
+def _in_words(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # the class of an exception is the application's as well
+        return type(error).__name__

@@ -51,7 +51,11 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.01, 0.5
 
 
 class Mailboxes:
-    """Runs the inboxes of all actors of a host. A mailbox is a task only while its inbox is not empty."""
+    """Serves the commands of all actors of a host, each actor's one at a time.
+
+    An actor is `running` from the beginning of a command to its end. It has a task then when anything has to be waited
+    for but the append of one command; what comes meanwhile waits in its inbox.
+    """
 
     def __init__(
         self, *, journal: Journal, catch_up: CatchUp, classes: ActorClasses, settings: Settings, incarnation: str,
@@ -66,7 +70,7 @@ class Mailboxes:
         self._host = host
 
     def put(self, unit: Unit, delivery: Delivery) -> None:
-        """Queue a command for its actor in an open unit. Raises Busy when the actor's inbox is full."""
+        """Serve a command for an actor of an open unit, or queue it. Raises Busy when the actor's inbox is full."""
         actor_id = delivery.command.actor
         live = unit.actors.get(actor_id)
         if live is None:
@@ -85,9 +89,10 @@ class Mailboxes:
 
     # -- without a task: nothing to wait for but the append ----------------------------------------------------------
     def _served_at_once(self, unit: Unit, live: LiveActor, delivery: Delivery) -> bool:
-        """Answer a query, or decide a command and send off its append; False when anything else has to be waited for.
+        """Answer a query, or decide a command and send off its append; False when it is for a task to serve.
 
-        It is what `_run` does, without a task and its turns of the event loop; `_appended` hears how the append ended.
+        The actor is at rest and current, so nothing has to be loaded, verified or claimed. `_appended` hears how the
+        append ended; what cannot go straight on goes on with a task.
         """
         command = delivery.command
         if command.session or command.linearizable or not self._may_serve() or self._host.expired(command):
@@ -101,14 +106,17 @@ class Mailboxes:
             return self._queried_at_once(unit, live, handler, delivery)
         if handler.at_once != "command" or live.memory.commands.answer_to(command.message_id) is not None:
             return False
-        record = live.evaluate_at_once(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
-        if record is None:
+        if not self._journal.takes_more:
             return False
         live.running = True
         unit.mailbox_started()
         try:
-            then = partial(self._appended, unit, live, delivery, record)
-            self._journal.append_then(live.actor_id, record, after=live.version, then=then)
+            record = live.evaluate_at_once(handler, command, epoch=unit.epoch, incarnation=self._incarnation)
+            if record is None:
+                self._go_on(unit, live, delivery)
+            else:
+                then = partial(self._appended, unit, live, delivery, record)
+                self._journal.append_then(live.actor_id, record, after=live.version, then=then)
         except Exception as error:
             self._go_on(unit, live, delivery, error)
         return True
@@ -128,6 +136,7 @@ class Mailboxes:
     def _appended(
         self, unit: Unit, live: LiveActor, delivery: Delivery, record: Record, outcome: int | FerryError
     ) -> None:
+        """The append of a command that was decided at once has ended."""
         try:
             if isinstance(outcome, FerryError):
                 raise outcome
@@ -139,8 +148,11 @@ class Mailboxes:
         except Exception as error:
             self._go_on(unit, live, delivery, error)
 
-    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery, error: Exception) -> None:
-        """What was begun without a task failed: a task decides it again, or ends the node where that was a bug."""
+    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery, error: Exception | None = None) -> None:
+        """Let a task decide again what could not be decided at once; what is no error of the tree ends the node there.
+
+        Nothing is in the log yet, as far as is known, but the instance may have changed.
+        """
         live.dirty = True
         failed = None if isinstance(error, PayloadTooLarge) else error  # decided again, that becomes a logged refusal
         self._spawn(self._run(unit, live, (delivery, failed)))
@@ -151,11 +163,11 @@ class Mailboxes:
         try:
             if begun is not None:
                 await self._serve(unit, live, *begun)
-            await self._snapshot_when_due(unit, live)
+            else:
+                await self._snapshot_when_due(unit, live)  # of what was decided at once
             self._let_look(live)
             while live.inbox and unit.state is UnitState.OPEN:
                 await self._serve(unit, live, live.inbox.popleft())
-                await self._snapshot_when_due(unit, live)
                 self._let_look(live)
         finally:
             self._rest(unit, live)
@@ -237,6 +249,8 @@ class Mailboxes:
                 return
             else:
                 self._answer(unit, delivery, answer)
+                if isinstance(handler, InvalidInput) or handler.kind == "command":
+                    await self._snapshot_when_due(unit, live)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
@@ -356,11 +370,17 @@ class Mailboxes:
             log.warning("fenced, and the map cannot be read yet", unit=unit.name, error=str(error))
 
     def _snapshot_is_due(self, unit: Unit, live: LiveActor) -> bool:
+        """Whether the log of an actor that is current is long enough to be rolled up now.
+
+        From what length on that is, is settled when it is first asked.
+        """
+        if not live.is_current(fence=unit.fence):
+            return False
         if not live.snapshot_from:
             every = self._settings.snapshot_every
             times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
             live.snapshot_from = every if times < 2 else every << times.bit_length()
-        return len(live.trail) >= live.snapshot_from and not live.dirty and unit.state is UnitState.OPEN
+        return len(live.trail) >= live.snapshot_from and unit.state is UnitState.OPEN
 
     async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
         """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""

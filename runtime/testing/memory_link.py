@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import structlog
 
@@ -43,8 +43,7 @@ class MemoryLink:
         self._connected, self._closed = True, False
         self._up, self._down = _Wire(server, server.context), _Wire(server, context)
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
-        self._in_flight: set[asyncio.Future[Any]] = set()
-        self._telling: set[asyncio.Task[None]] = set()
+        self._in_flight: set[asyncio.Future[Any] | _Told[Any]] = set()
         self._requests = 0
         self._watches: list[_MemoryWatch] = []
         self._reconnect_callbacks: list[Callable[[], None]] = []
@@ -97,6 +96,10 @@ class MemoryLink:
             self._down.call_soon(self._guard, "on_reconnect", callback)
 
     # -- messages --------------------------------------------------------------------------------------------------
+    @property
+    def takes_more(self) -> bool:
+        return self._connected
+
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         self._publish(subject, payload, reply)
 
@@ -141,27 +144,26 @@ class MemoryLink:
     ) -> int:  # fmt: skip
         payload = b"" if discard else payload
         store = partial(self._store, subject, payload, expected=expected, rollup=rollup, ttl_s=ttl_s, discard=discard)
-        return await self._appended(self._append(subject, payload, store), subject, timeout_s)
+        self._check(subject, payload)
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._ask(self._fate("append", subject), store, future)
+        try:
+            return await self._answer(future, subject, timeout_s)
+        except Timeout as error:
+            raise _in_doubt(subject, timeout_s) from error
 
-    def append_then(
-        self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended
-    ) -> None:  # fmt: skip
-        async def tell() -> None:
-            try:
-                outcome: int | FerryError = await self._appended(future, subject, timeout_s)
-            except FerryError as error:
-                outcome = error
-            then(outcome)
+    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+        def ended(outcome: int | FerryError) -> None:
+            timer.cancel()
+            self._in_flight.discard(told)
+            then(_in_doubt(subject, timeout_s) if isinstance(outcome, Timeout) else outcome)
 
         store = partial(self._store, subject, payload, expected=expected, rollup=False, ttl_s=None, discard=False)
-        future = self._append(subject, payload, store)
-        task = asyncio.get_running_loop().create_task(tell())
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
-
-    def _append(self, subject: str, payload: bytes, store: Callable[[], int]) -> asyncio.Future[int]:
         self._check(subject, payload)
-        return self._ask(self._fate("append", subject), store)
+        told = _Told(ended)
+        timer = asyncio.get_running_loop().call_later(timeout_s, _fail, told, _too_late(subject, timeout_s))
+        self._in_flight.add(told)
+        self._ask(self._fate("append", subject), store, told)
 
     def _store(self, subject: str, payload: bytes, *, discard: bool, **how: Any) -> int:
         server, stream = self._server, self._server.stream_of(subject)
@@ -169,12 +171,6 @@ class MemoryLink:
         if server.on_append is not None:
             server.on_append(Entry(sequence=stored, subject=subject, payload=payload, removed=discard))
         return stored
-
-    async def _appended(self, future: asyncio.Future[int], subject: str, timeout_s: float) -> int:
-        try:
-            return await self._answer(future, subject, timeout_s)
-        except Timeout as error:
-            raise InDoubt(f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message") from error
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
         fate = self._fate("read", subject)
@@ -221,7 +217,7 @@ class MemoryLink:
                 log.warning("closed without flushing", link=self.name)
         self.disconnect()
         self._server.remove_link(self, self._inbox)
-        for future in self._in_flight:
+        for future in tuple(self._in_flight):
             _fail(future, Timeout("the link was closed while waiting for an answer"))
 
     # -- over the wires --------------------------------------------------------------------------------------------
@@ -231,11 +227,12 @@ class MemoryLink:
         """Run `operation` at the server and bring back what it returns or raises."""
         if not closing:
             self._check(subject, b"")
-        return await self._answer(self._ask(fate, operation), subject, timeout_s)
-
-    def _ask(self, fate: Fault, operation: Callable[[], T]) -> asyncio.Future[T]:
-        """Send `operation` to the server; what it returns or raises there will be in the future."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._ask(fate, operation, future)
+        return await self._answer(future, subject, timeout_s)
+
+    def _ask(self, fate: Fault, operation: Callable[[], T], future: asyncio.Future[T] | _Told[T]) -> None:
+        """Send `operation` to the server; what it returns or raises there will be in the future."""
 
         def arrive() -> None:
             try:
@@ -246,11 +243,9 @@ class MemoryLink:
                 self._down.send(answer)
 
         self._send(fate, arrive)
-        return future
 
     async def _answer(self, future: asyncio.Future[T], subject: str, timeout_s: float) -> T:
-        expired = Timeout(f"no answer from {subject} within {timeout_s:g} s: try again")
-        timer = asyncio.get_running_loop().call_later(timeout_s, _fail, future, expired)
+        timer = asyncio.get_running_loop().call_later(timeout_s, _fail, future, _too_late(subject, timeout_s))
         self._in_flight.add(future)
         try:
             return await future
@@ -405,11 +400,35 @@ class _MemoryWatch:
             self._link._guard(self._subject, self._handler, entry)
 
 
-def _resolve(future: asyncio.Future[T], value: T) -> None:
+class _Told(Generic[T]):
+    """In a future's place where nobody awaits one: who is to be told, once."""
+
+    def __init__(self, then: Callable[[T | FerryError], None]) -> None:
+        self._then, self._done = then, False
+
+    def done(self) -> bool:
+        return self._done
+
+    def set_result(self, outcome: T | FerryError) -> None:
+        self._done = True
+        self._then(outcome)
+
+    set_exception = set_result
+
+
+def _too_late(subject: str, timeout_s: float) -> Timeout:
+    return Timeout(f"no answer from {subject} within {timeout_s:g} s: try again")
+
+
+def _in_doubt(subject: str, timeout_s: float) -> InDoubt:
+    return InDoubt(f"no acknowledgement for {subject} within {timeout_s:g} s: read its last message")
+
+
+def _resolve(future: asyncio.Future[T] | _Told[T], value: T) -> None:
     if not future.done():
         future.set_result(value)
 
 
-def _fail(future: asyncio.Future[Any], error: FerryError) -> None:
+def _fail(future: asyncio.Future[Any] | _Told[Any], error: FerryError) -> None:
     if not future.done():
         future.set_exception(error)

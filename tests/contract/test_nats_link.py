@@ -17,7 +17,7 @@ from nats.aio.client import Client
 
 from routing.errors import Incompatible, InDoubt, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.link import Entry, Message, StreamSpec
-from routing.nats_link import NatsLink
+from routing.nats_link import NatsLink, _sequence_in
 
 if TYPE_CHECKING:
     from tests.contract.conftest import NatsServer
@@ -614,3 +614,12 @@ async def test_a_question_may_go_alone(nats_server: NatsServer, admin: Client) -
     answers = await asyncio.gather(*(alice.request("old", b"%d" % n, timeout_s=WAIT_S, alone=True) for n in range(5)))
 
     assert answers == [b"re: %d" % n for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"no", b"[]", b"null", b"{}", b'{"seq":null}', b'{"error":null}', b'{"error":"x"}']
+)
+def test_an_acknowledgement_that_cannot_be_read_leaves_the_append_in_doubt(text: bytes) -> None:
+    """Whoever is to be told is told something."""
+    with pytest.raises(InDoubt):
+        _sequence_in("ev.a", 1, text)

@@ -7,6 +7,7 @@ rule covers for the one that is switched off, so that no promise breaks, the mut
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,14 @@ from unittest import mock
 
 from routing import shard_map
 from routing.directory import Directory, MapEntry
-from routing.errors import InDoubt, NotApplicable, WrongSequence
+from routing.errors import FerryError, InDoubt, NotApplicable, WrongSequence
+from routing.link import Appended
 from routing.shard_map import Ownership
 from runtime import live_actor, rules
 from runtime.catch_up import CatchUp
 from runtime.handover import Handover
 from runtime.host import Host
 from runtime.journal import Journal, Kind, Record
-from runtime.mailbox import Mailboxes
 from runtime.memory import Memory
 from runtime.rules import Admission, Standing, Verdict
 from runtime.unit import Unit, UnitState
@@ -136,11 +137,6 @@ def _t3() -> list[Patch]:
     ]
 
 
-def _nothing_at_once() -> Patch:
-    """Every command has a task, and every append goes through `Journal.append`."""
-    return mock.patch.object(Mailboxes, "_served_at_once", return_value=False)
-
-
 def _t4() -> list[Patch]:
     real = Journal.append
 
@@ -153,7 +149,24 @@ def _t4() -> list[Patch]:
             tail = await self.tail(actor)
             return await real(self, actor, record, after=tail[0] if tail else 0)
 
-    return [mock.patch.object(Journal, "append", append), _nothing_at_once()]
+    at_once, again = Journal.append_then, set()
+
+    def append_then(self: Journal, actor: Any, record: Record, *, after: int, then: Appended) -> None:
+        async def send_again() -> None:
+            try:
+                then(await append(self, actor, record, after=after))
+            except FerryError as error:
+                then(error)
+
+        def ended(outcome: int | FerryError) -> None:
+            if isinstance(outcome, WrongSequence | InDoubt):
+                again.add(asyncio.ensure_future(send_again()))
+            else:
+                then(outcome)
+
+        at_once(self, actor, record, after=after, then=ended)
+
+    return [mock.patch.object(Journal, "append", append), mock.patch.object(Journal, "append_then", append_then)]
 
 
 def _t5() -> list[Patch]:
@@ -233,12 +246,18 @@ def _no_sender_gate() -> list[Patch]:
 
 def _rejections_not_logged() -> list[Patch]:
     stored = live_actor.LiveActor.stored
-    append = Journal.append
+    append, append_then = Journal.append, Journal.append_then
 
     async def appending(self: Journal, actor: Any, record: Record, *, after: int) -> int:
         if record.kind is Kind.REJECTION:
             return after
         return await append(self, actor, record, after=after)
+
+    def appending_then(self: Journal, actor: Any, record: Record, *, after: int, then: Appended) -> None:
+        if record.kind is Kind.REJECTION:
+            then(after)
+        else:
+            append_then(self, actor, record, after=after, then=then)
 
     def remembering(self: Any, record: Record, version: int) -> None:
         if record.kind is not Kind.REJECTION:
@@ -246,7 +265,7 @@ def _rejections_not_logged() -> list[Patch]:
 
     return [
         mock.patch.object(Journal, "append", appending),
-        _nothing_at_once(),
+        mock.patch.object(Journal, "append_then", appending_then),
         mock.patch.object(live_actor.LiveActor, "stored", remembering),
     ]
 

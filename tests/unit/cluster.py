@@ -94,6 +94,7 @@ class Ledger(Actor):
     @command
     def write_later(self, *, entry: Any) -> Awaitable[list[Any]]:
         """Not `async`, and yet it answers with something to be awaited, after it has changed the state."""
+        type(self).entered += 1
         self.emit("written", entry=entry)
         return self._later(self.entries)
 
