@@ -192,13 +192,15 @@ def decode_record(payload: bytes) -> Record:
 
 
 def _identified(header: dict[str, Any]) -> dict[str, Any]:
+    if not (message_id := text(header, "id")):
+        raise InvalidInput("the entry of a command without the command's id")
     if "session" not in header:
-        return {"message_id": text(header, "id")}
+        return {"message_id": message_id}
     session = text(header, "session")
     opened_at(session)
     if (place := number(header, "number")) < 1:
         raise InvalidInput("the commands of a session are numbered from 1")
-    return {"message_id": text(header, "id"), "session": session, "number": place}
+    return {"message_id": message_id, "session": session, "number": place}
 
 
 def _event(entry: Any) -> list[Any]:
