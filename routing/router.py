@@ -40,6 +40,7 @@ ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have die
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
 _FOREVER_S = math.inf
+_NOTHING: dict[str, Any] = {}  # the arguments of a query that has none; nobody changes them
 TURN = 1_024  # questions to actors here, a millisecond or two, before others get their turn
 
 
@@ -86,7 +87,7 @@ class Router:
             if not 1 < self._asked_here <= TURN:
                 await self._turn()
             try:
-                reply = self._local.query_at_once(actor, name, {} if command is None else command.arguments)
+                reply = self._local.query_at_once(actor, name, _NOTHING if command is None else command.arguments)
             except FerryError as error:
                 return _value(_received(Answer(error=error)))
             if reply is not LATER:

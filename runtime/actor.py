@@ -113,7 +113,7 @@ class Handler:
         try:
             return self.function(instance, **jsonlike.copy(arguments)) if arguments else self.function(instance)
         except asyncio.CancelledError as error:  # it read a cancelled future's result: nobody cancels a plain function
-            raise HandlerFailed(f"{self.name} met what was cancelled") from error
+            raise _met_cancelled(self) from error
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raises InvalidInput when the arguments do not fit the signature."""
@@ -275,7 +275,10 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
     """As `run`, for a query that needs nothing to be waited for; LATER when it turns out to, and is to be run again."""
     if instance._emitted is not None:
         raise _not_alone(handler)
-    result = handler.call(instance, arguments)
+    try:  # as Handler.call, without the call: this is all that a local query does
+        result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
+    except asyncio.CancelledError as error:
+        raise _met_cancelled(handler) from error
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
 
 
@@ -303,6 +306,10 @@ def _reply_at_once(handler: Handler, result: Any) -> Any:
     if inspect.iscoroutine(result):
         result.close()
     return LATER
+
+
+def _met_cancelled(handler: Handler) -> HandlerFailed:
+    return HandlerFailed(f"{handler.name} met what was cancelled")
 
 
 def _went_on(handler: Handler) -> HandlerFailed:
