@@ -86,20 +86,18 @@ class Handler:
     signature: inspect.Signature
     required: frozenset[str] = frozenset()
     known: frozenset[str] | None = None  # None: whatever is given, or not so simple to tell
-    is_async: bool = False
     at_once: str = ""
 
     @classmethod
     def of(cls, name: str, kind: str, function: Callable[..., Any]) -> Handler:
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[1:]
-        is_async = inspect.iscoroutinefunction(function)
         simple = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
         return cls(
             name, kind, function, signature.replace(parameters=parameters),
             required=frozenset(p.name for p in parameters if p.default is p.empty),
             known=frozenset(p.name for p in parameters) if simple else None,
-            is_async=is_async, at_once=kind if kind != "event" and not is_async else "",
+            at_once="" if kind == "event" or inspect.iscoroutinefunction(function) else kind,
         )  # fmt: skip
 
     def fits(self, arguments: dict[str, Any]) -> bool:
@@ -262,7 +260,7 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
     instance._emitted, instance._spoiled = (emitted if handler.kind == "command" else None), None
     try:
         result = handler.call(instance, arguments)
-        if handler.is_async or inspect.isawaitable(result):
+        if inspect.isawaitable(result):
             result = await result
     finally:
         instance._emitted = None

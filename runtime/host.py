@@ -143,7 +143,7 @@ class Host:
         handler = live.instance.handlers.get(name)
         if handler is None or handler.at_once != "query" or not self._may_serve():
             return LATER
-        if (arguments or handler.required) and not handler.fits(arguments):
+        if (arguments or handler.required) and not handler.fits(arguments):  # nearly none has any: not even asked
             return LATER
         live.idle_since_s = None
         try:

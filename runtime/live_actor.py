@@ -76,7 +76,7 @@ class LiveActor:
 
     def at_rest(self, *, fence: int) -> bool:
         """Whether a command that comes now is the only one, and finds the actor ready to serve it."""
-        if self.running or self.inbox or self.dirty or self.unverified:
+        if self.running or self.inbox or self.dirty or self.unverified:  # as `is_current`, without the call
             return False
         return not rules.must_claim(tail_epoch=self.epoch, fence=fence)
 
