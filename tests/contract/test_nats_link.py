@@ -363,6 +363,11 @@ async def close_unnoticed(link: NatsLink) -> None:
     client._transport._io_writer.transport.abort()
 
 
+async def handled(admin: Client) -> None:
+    """Return when the server has handled all that was sent by `admin`, whose `flush` sends its ping ahead of that."""
+    await admin.request("$JS.API.INFO", b"", timeout=WAIT_S)
+
+
 async def consumers_of(admin: Client, stream: str) -> list[dict[str, Any]]:
     answer = await admin.request(f"$JS.API.CONSUMER.LIST.{stream}", b"{}", timeout=WAIT_S)
     found: list[dict[str, Any]] = json.loads(answer.data)["consumers"]
@@ -460,10 +465,10 @@ async def test_questions_of_one_moment_travel_together_and_so_do_their_answers(
         seen.append(message.subject)
 
     await admin.subscribe("echo", cb=note)
-    await admin.flush()
+    await handled(admin)
 
     answers = await asyncio.gather(*(alice.request("echo", b"%d" % n, timeout_s=WAIT_S) for n in range(100)))
-    await admin.flush()
+    await handled(admin)
 
     assert answers == [b"re: %d" % n for n in range(100)]
     assert len(seen) <= 5
@@ -518,7 +523,7 @@ async def test_a_damaged_frame_is_counted_and_the_subscription_lives_on(
     await admin.publish("echo", frame, reply="anywhere.~f1")
     await admin.publish(f"{inboxes[0]}.~", frame)
     await admin.publish(f"{inboxes[0]}.~not-a-token", frame)
-    await admin.flush()
+    await handled(admin)
 
     assert await alice.request("echo", b"", timeout_s=WAIT_S) == b"here"
     assert bob.handler_errors == (0 if frame == b"" else 1)
@@ -609,7 +614,7 @@ async def test_a_question_may_go_alone(nats_server: NatsServer, admin: Client) -
             await admin.publish(message.reply, b"re: " + message.data)
 
     await admin.subscribe("old", cb=answer_what_is_no_frame)
-    await admin.flush()
+    await handled(admin)
 
     answers = await asyncio.gather(*(alice.request("old", b"%d" % n, timeout_s=WAIT_S, alone=True) for n in range(5)))
 
