@@ -123,7 +123,9 @@ class Link(Protocol):
         """Deliver the last message of every subject matching `subject`, then every later one, in order per subject.
 
         Returns when what was stored at the time of the call has been delivered. After a gap, a reconnect or a silent
-        server the watch starts over by itself, so a handler sees entries again and must ignore old sequences.
+        server the watch starts over by itself, so a handler sees entries again and must ignore old sequences. What the
+        stream no longer holds when its turn comes (`keep` newer ones, a roll-up) is left out: only the last one of each
+        subject is sure to arrive.
         Raises Timeout, Unavailable when the first round could not be had.
         """
 

@@ -383,11 +383,14 @@ class _MemoryWatch:
             self._stream = None
 
     def send(self, entry: Entry) -> None:
-        arrive = partial(self._deliver, entry)
         if self._lagging is None:
-            self._link.receive(arrive)
+            self._link.receive(partial(self._deliver, entry))
         else:
-            self._lagging.send(partial(self._link.receive, arrive))
+            self._lagging.send(partial(self._send_if_stored, entry))
+
+    def _send_if_stored(self, entry: Entry) -> None:
+        if self._stream is not None and self._stream.entries.get(entry.sequence) is entry:
+            self._link.receive(partial(self._deliver, entry))
 
     async def stop(self) -> None:
         self._stopped = True

@@ -48,7 +48,7 @@ class MemoryNats:
     ensure_stream) is never disturbed.
 
     `watch_lag(link)` gives the seconds by which a watch's news is late at its moment, in order per watch: a consumer
-    may lag behind what the same client is answered directly.
+    may lag behind what the same client is answered directly. It never hears of what was replaced by then.
 
     `on_append(entry)` is told of everything that clients have stored, which a roll-up may remove soon after.
     """

@@ -12,6 +12,7 @@ from runtime.testing import Fault, Kind, MemoryNats
 
 WAIT_S = 10.0
 JOURNAL = StreamSpec(name="journal", subjects=("ev.>",))
+BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
 
 
 async def take(queue: asyncio.Queue[Message], count: int) -> list[bytes]:
@@ -31,6 +32,22 @@ async def test_delays_never_let_messages_overtake_each_other() -> None:
         await alice.publish("count", b"%d" % n)
 
     assert await take(heard, 10) == [b"%d" % n for n in range(10)]
+
+
+async def test_a_watch_that_lags_never_hears_of_what_was_replaced() -> None:
+    """Property: as a consumer of JetStream, it is sent what the stream holds when its turn comes."""
+    nats = MemoryNats(watch_lag=lambda link: 0.02)
+    alice, bob = nats.link("alice"), nats.link("bob")
+    await alice.ensure_stream(BUCKET, timeout_s=WAIT_S)
+    seen: asyncio.Queue[Entry] = asyncio.Queue()
+    await bob.watch("KV_map", "$KV.map.>", seen.put_nowait, timeout_s=WAIT_S)
+
+    for key in ("a", "a", "b"):
+        await alice.append(f"$KV.map.{key}", b"", expected=None, timeout_s=WAIT_S)
+
+    async with asyncio.timeout(WAIT_S):
+        assert [(await seen.get()).sequence for _ in range(2)] == [2, 3]
+    assert seen.empty()
 
 
 @pytest.mark.parametrize(("fault", "stored"), [("drop_request", False), ("drop_reply", True)])

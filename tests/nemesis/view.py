@@ -167,7 +167,7 @@ class View:
 class LogWatch:
     """The epochs of some actors' logs, message by message as they were appended.
 
-    A watch that begins anew after a fault of NATS may leave some out; it never changes their order.
+    A watch that lags or begins anew may leave out what a snapshot has replaced; it never changes their order.
     """
 
     def __init__(self, view: View, actors: Sequence[ActorId]) -> None:
