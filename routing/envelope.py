@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,8 +126,14 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
     _check_size(len(payload), max_bytes)
     document = _object(payload, "command", nesting=jsonlike.MAX_NESTING)  # or it could not be forwarded
-    name: str = _field(document, "command", str)
-    message_id: str = _field(document, "id", str)
+    get: Callable[..., Any] = document.get
+    actor, name, message_id, arguments = get("actor"), get("command"), get("id"), get("arguments")
+    epoch, hops, expires_ms = get("epoch", 0), get("hops", 0), get("expires_ms", 0)
+    if not (  # one look at all: to call something for each field takes longer than to read their JSON
+        type(actor) is type(name) is type(message_id) is str and type(arguments) is dict
+        and type(epoch) is type(hops) is type(expires_ms) is int and min(epoch, hops, expires_ms) >= 0
+    ):  # fmt: skip
+        _check_fields(document)
     _check_names(name, message_id)
     in_session: dict[str, Any] = {}
     if not document.keys().isdisjoint(_OF_SESSIONS):
@@ -134,16 +141,18 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
             "session": _session(document), "number": _count(document, "number"), "after": _count(document, "after")
         }  # fmt: skip
     return Command(
-        actor=ActorId.parse(_field(document, "actor", str)),
-        name=name,
-        arguments=_field(document, "arguments", dict),
-        message_id=message_id,
-        epoch=_count(document, "epoch"),
-        hops=_count(document, "hops"),
-        expires_ms=_count(document, "expires_ms"),
-        linearizable=document.get("linearizable") is True,
-        **in_session,
-    )
+        actor=ActorId.parse(actor), name=name, arguments=arguments, message_id=message_id, epoch=epoch, hops=hops,
+        expires_ms=expires_ms, linearizable=get("linearizable") is True, **in_session,
+    )  # fmt: skip
+
+
+def _check_fields(document: dict[str, Any]) -> None:
+    """Raises InvalidInput naming the field of a command that is not what it has to be."""
+    for text in ("command", "id", "actor"):
+        _field(document, text, str)
+    _field(document, "arguments", dict)
+    for count in ("epoch", "hops", "expires_ms"):
+        _count(document, count)
 
 
 def _session(document: dict[str, Any]) -> str:

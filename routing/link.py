@@ -65,7 +65,6 @@ class Link(Protocol):
     @property
     def connected(self) -> bool: ...
 
-    @property
     def takes_more(self) -> bool:
         """Whether what is sent now leaves, as far as is known: connected, and not too much waits to be sent."""
 

@@ -214,7 +214,6 @@ class NatsConnection:
         task.add_done_callback(self._endings.discard)
 
     # -- messages --------------------------------------------------------------------------------------------------
-    @property
     def takes_more(self) -> bool:
         client = self._client
         return client is not None and client.is_connected and not self._too_much_waits(client)

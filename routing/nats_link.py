@@ -51,6 +51,7 @@ class NatsLink:
     def __init__(self, connection: NatsConnection) -> None:
         self._connection = connection
         self._watches: set[_LinkWatch] = set()
+        self.answer, self.takes_more = connection.answer, connection.takes_more  # not even a call more: every command's
 
     @classmethod
     async def connect(
@@ -106,15 +107,8 @@ class NatsLink:
         return await self._connection.round_trip_s()
 
     # -- messages --------------------------------------------------------------------------------------------------
-    @property
-    def takes_more(self) -> bool:
-        return self._connection.takes_more
-
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         await self._connection.publish(subject, payload, reply=reply)
-
-    def answer(self, reply: str, payload: bytes) -> None:
-        self._connection.answer(reply, payload)
 
     async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
         return await self._connection.request(subject, payload, timeout_s=timeout_s, alone=alone)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, cast
 
 import structlog
@@ -33,6 +34,7 @@ Receive = Callable[[str, str, bytes, bytes], None]
 _VERSION, _LINE_END = b"NATS/1.0\r\n", b"\r\n"
 HEADERS_BYTES = len(_VERSION + _LINE_END)  # around the lines of a message's headers
 _MESSAGES, _HMSG = (b"MSG ", b"HMSG "), 4
+SUBJECTS_RECALLED = 4_096
 _BLANK = re.compile(r"\s")
 
 
@@ -87,7 +89,7 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        if not _is_subject(subject) or (reply and not _is_subject(reply)):
+        if not _is_known_subject(subject) or (reply and not _is_subject(reply)):
             raise BadSubjectError
         if headers:
             head, body = b"%b%b\r\n" % (_VERSION, headers), len(payload)
@@ -168,7 +170,9 @@ class _Messages(asyncio.Protocol):
                 break
             at, body = end + 2, begin + head_bytes
             if (receive := receivers.get(sid)) is not None:  # else it crossed the end of its subscription
-                receive(_text(subject), _text(reply), data[body:end], data[begin:body])
+                # NATS lets anybody publish to a subject that is no text.
+                to, answer_to = subject.decode(errors="replace"), reply.decode(errors="replace")
+                receive(to, answer_to, data[body:end], data[begin:body])
         return at
 
 
@@ -192,8 +196,7 @@ def _is_subject(text: str) -> bool:
     return _BLANK.search(text) is None
 
 
-def _text(word: bytes) -> str:
-    return word.decode("utf-8", "replace")  # NATS lets anybody publish to a subject that is no text
+_is_known_subject = lru_cache(maxsize=SUBJECTS_RECALLED)(_is_subject)  # replies are new each time, subjects seldom
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

@@ -72,6 +72,7 @@ class Journal:
 
     def __init__(self, link: Link, subjects: Subjects, *, shards_total: int, append_timeout_s: float) -> None:
         self._link, self._timeout_s = link, append_timeout_s
+        self.takes_more = link.takes_more  # whether an append would leave now, not wait for what was sent before
 
         @lru_cache(maxsize=IDS_RECALLED)
         def place_of(actor: ActorId) -> tuple[str, str]:
@@ -79,11 +80,6 @@ class Journal:
             return subjects.log_of(shard), subjects.events(shard, actor)
 
         self._place_of = place_of  # (stream, subject) of an actor's log
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether an append would leave now, not wait for what was sent before."""
-        return self._link.takes_more
 
     async def append(self, actor: ActorId, record: Record, *, after: int) -> int:
         """Store `record` after version `after`; returns the new version.

@@ -203,8 +203,10 @@ def replay(instance: Actor, memory: Memory, record: Record) -> None:
 
 def remember(memory: Memory, record: Record) -> None:
     """Keep the answer that a record of the log carries."""
-    if record.message_id:  # of a command or a rejection
-        memory.add(record.message_id, record.reply, record.error, session=record.session, number=record.number)
+    if record.session:
+        memory.sessions.add(record.session, record.number, record.reply, record.error)
+    elif record.message_id:  # else it is no command's
+        memory.commands.add(record.message_id, record.reply, record.error)
 
 
 def as_refusal(error: Exception, actor_id: ActorId, name: str) -> FerryError:

@@ -106,7 +106,7 @@ class Mailboxes:
             return self._queried_at_once(unit, live, handler, delivery)
         if handler.at_once != "command" or live.memory.commands.answer_to(command.message_id) is not None:
             return False
-        if not self._journal.takes_more:
+        if not self._journal.takes_more():
             return False
         live.running = True
         unit.mailbox_started()
@@ -191,7 +191,7 @@ class Mailboxes:
         return await looked
 
     def _let_look(self, live: LiveActor) -> None:
-        for looked, look in self._looks.pop(live, ()):
+        for looked, look in self._looks.pop(live, ()) if self._looks else ():
             if looked.done():
                 continue  # whoever asked has given up
             try:
@@ -374,7 +374,7 @@ class Mailboxes:
 
         From what length on that is, is settled when it is first asked.
         """
-        if not live.is_current(fence=unit.fence):
+        if len(live.trail) < live.snapshot_from or not live.is_current(fence=unit.fence):
             return False
         if not live.snapshot_from:
             every = self._settings.snapshot_every

@@ -6,6 +6,7 @@ All of it derives from the log: every entry carries its command's id and answer,
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,6 @@ class Memory:
         self.commands = AnsweredCommands(limits.commands)
         self.sessions = AnsweredSessions(limits.sessions)
 
-    def add(
-        self, message_id: str, reply: Any, error: dict[str, Any] | None, *, session: str = "", number: int = 0
-    ) -> None:
-        """An answer has been logged. Raises InvalidInput for a session that is none."""
-        if session:
-            self.sessions.add(session, number, reply, error)
-        else:
-            self.commands.add(message_id, reply, error)
-
     def to_document(self) -> dict[str, Any]:
         """`{"commands": [[id, reply], [id, null, error], ...], "sessions": {...}}`, oldest first."""
         return {"commands": self.commands.to_document(), "sessions": self.sessions.to_document()}
@@ -68,30 +60,45 @@ class AnsweredCommands:
     longest retry.
     """
 
-    __slots__ = ("_answers", "_limit")
+    __slots__ = ("_errors", "_limit", "_replies")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._answers: OrderedDict[str, list[Any]] = OrderedDict()  # by id, each as a snapshot has it
+        # No object for each answer: a busy host remembers more of them than its processor's cache holds.
+        self._replies: dict[str, Any] = {}  # by id; None for a refusal
+        self._errors: dict[str, dict[str, Any]] = {}  # of those that were refused
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._replies)
 
     def add(self, message_id: str, reply: Any, error: dict[str, Any] | None) -> None:
-        self._answers[message_id] = [message_id, reply] if error is None else [message_id, None, error]
-        while len(self._answers) > self._limit:
-            self._answers.popitem(last=False)
+        self._replies[message_id] = reply
+        if error is not None:
+            self._errors[message_id] = error
+        elif self._errors:
+            self._errors.pop(message_id, None)
+        while len(self._replies) > self._limit:
+            oldest = next(iter(self._replies))
+            del self._replies[oldest]
+            self._errors.pop(oldest, None)
 
     def answer_to(self, message_id: str) -> Answer | None:
-        known = self._answers.get(message_id)
-        return None if known is None else _answer(known[1:])
+        if message_id not in self._replies:
+            return None
+        error = self._errors.get(message_id)
+        return Answer(value=self._replies[message_id]) if error is None else Answer(error=errors.from_wire(error))
 
-    def to_document(self) -> list[list[Any]]:
+    def to_document(self) -> list[Sequence[Any]]:
         """`[[id, reply], [id, null, error], ...]`, oldest first."""
-        return list(self._answers.values())
+        if not self._errors:
+            return list(self._replies.items())
+        return [
+            (message_id, reply) if message_id not in self._errors else (message_id, None, self._errors[message_id])
+            for message_id, reply in self._replies.items()
+        ]
 
     @classmethod
-    def from_document(cls, document: list[list[Any]], limit: int) -> AnsweredCommands:
+    def from_document(cls, document: Iterable[Sequence[Any]], limit: int) -> AnsweredCommands:
         """The inverse of `to_document`. Raises InvalidInput."""
         window = cls(limit)
         for entry in document:

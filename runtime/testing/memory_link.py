@@ -96,7 +96,6 @@ class MemoryLink:
             self._down.call_soon(self._guard, "on_reconnect", callback)
 
     # -- messages --------------------------------------------------------------------------------------------------
-    @property
     def takes_more(self) -> bool:
         return self._connected
 

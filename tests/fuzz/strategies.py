@@ -78,11 +78,13 @@ def _memories(draw: st.DrawFn) -> dict[str, Any]:
     for session in draw(st.lists(st.just("") | SESSIONS, max_size=6)):
         numbers[session] = numbers.get(session, 0) + 1
         error = draw(st.none() | ERRORS)
-        memory.add(
-            draw(NAMES), None if error else draw(JSON), errors.to_wire(error) if error else None, session=session,
-            number=numbers[session] if session else 0,
-        )  # fmt: skip
-    return memory.to_document()
+        answer = (None, errors.to_wire(error)) if error else (draw(JSON), None)
+        if session:
+            memory.sessions.add(session, numbers[session], *answer)
+        else:
+            memory.commands.add(draw(NAMES), *answer)
+    document: dict[str, Any] = orjson.loads(orjson.dumps(memory.to_document()))  # lists, as it is read
+    return document
 
 
 @st.composite

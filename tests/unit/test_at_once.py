@@ -377,7 +377,8 @@ async def test_a_link_with_too_much_to_send_has_a_command_wait_before_it_is_deci
         host = small.nodes["a"].node.host
         loaded = host.counters["activations"]
 
-        with mock.patch.multiple(MemoryLink, takes_more=False, append_then=mock.DEFAULT) as refusing:
+        journal = small.nodes["a"].node.host._mailboxes._journal
+        with mock.patch.multiple(journal, takes_more=lambda: False, append_then=mock.DEFAULT) as refusing:
             assert await small.send("k", "write", entry=1) == 2
 
         assert not refusing["append_then"].called

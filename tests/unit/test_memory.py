@@ -117,14 +117,14 @@ def numbered(calls: list[tuple[int, bool]], memory: Memory) -> dict[int, int]:
     last: dict[int, int] = {}
     for opened, refused in calls:
         last[opened] = number = (memory.sessions.last(session_id(opened)) or 0) + 1
-        memory.add("-", None if refused else number, NO if refused else None, session=session_id(opened), number=number)
+        memory.sessions.add(session_id(opened), number, None if refused else number, NO if refused else None)
     return last
 
 
 def test_numbered_commands_leave_the_window_of_plain_ids_alone() -> None:
     """A busy session must not push out what plain senders still may repeat."""
     memory = Memory(LIMITS)
-    memory.add("plain", 1, None)
+    memory.commands.add("plain", 1, None)
 
     numbered([(1, False)] * 100, memory)
 
