@@ -283,6 +283,8 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
         result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
     except asyncio.CancelledError as error:
         raise _met_cancelled(handler) from error
+    if type(result) is int and -jsonlike.SMALL < result < jsonlike.SMALL:  # as `copy` finds it, without the call
+        return result
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
 
 

@@ -76,9 +76,8 @@ class LiveActor:
 
     def at_rest(self, *, fence: int) -> bool:
         """Whether a command that comes now is the only one, and finds the actor ready to serve it."""
-        if self.running or self.inbox or self.dirty or self.unverified:  # as `is_current`, without the call
-            return False
-        return not rules.must_claim(tail_epoch=self.epoch, fence=fence)
+        # `is_current` without its two calls; when in doubt the actor's task asks the rules.
+        return not (self.running or self.inbox or self.dirty or self.unverified or self.epoch < fence)
 
     def is_current(self, *, fence: int) -> bool:
         """Whether the instance is known to be the end of its log, and that to be beyond its unit's fence."""
