@@ -32,7 +32,7 @@ async def receive(url: str) -> None:
         await connection.publish(message.reply, b"")
 
     await connection.subscribe(SUBJECT, cb=keep)
-    await connection.flush()
+    await connection.request(SUBJECT, b"", timeout=10)  # by itself: flush's ping may overtake the subscription
     print("ready", flush=True)
     await asyncio.Event().wait()
 

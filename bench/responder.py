@@ -22,7 +22,7 @@ async def respond(url: str, answer: bytes) -> None:
         await client.publish(message.reply, answer)
 
     await client.subscribe(SUBJECT, cb=reply)
-    await client.flush()
+    await client.request(SUBJECT, b"", timeout=10)  # by itself: flush's ping may overtake the subscription
     print("ready", flush=True)
     await asyncio.Event().wait()
 

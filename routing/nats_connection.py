@@ -17,6 +17,7 @@ together (routing/nats_packing.py), and all answers come to one inbox (routing/n
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class NatsConnection:
         self.url = ",".join(without_secrets(part) for part in parts(url))
         self.inbox = f"{inbox_prefix}.{uuid.uuid4().hex}"
         self.server_version, self.max_payload = "", 0
-        self._last_error = ""
+        self._last_error: Exception | None = None
         self.handler_errors = self.client_errors = self.reconnects = 0
         self.reconnect_callbacks: list[Callable[[], None]] = []
         self._servers, self._name, self._connect_timeout_s = parts(url), name, connect_timeout_s
@@ -89,8 +90,13 @@ class NatsConnection:
         try:
             await self._attach()
         except (nats_errors.NoServersError, RuntimeError, OSError) as error:
+            if isinstance(self._last_error, ssl.SSLCertVerificationError):
+                raise Incompatible(
+                    f"the NATS server at {self.url} shows a certificate that is not trusted here"
+                    f" ({self._last_error.verify_message}): name its authority's in SSL_CERT_FILE"
+                ) from error
             raise Unavailable(
-                f"no NATS server answers at {self.url} ({self._last_error or 'no answer'}):"
+                f"no NATS server answers at {self.url} ({_in_words(self._last_error)}):"
                 " start one (`ferry up`, or nats-server -js), or correct FERRY_NATS_URL"
             ) from error
         except nats_errors.Error as error:
@@ -434,11 +440,15 @@ class NatsConnection:
             log.warning("answer ignored", subject=subject, error=str(error))
 
     def _on_error(self, error: Exception, *, quiet: bool) -> None:
-        self._last_error = str(error) or type(error).__name__
+        self._last_error = error
         if quiet:  # the client is on its way in or out; whoever attaches it reports
             return
         self.client_errors += 1
         log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
+
+
+def _in_words(error: Exception | None) -> str:
+    return "no answer" if error is None else str(error) or type(error).__name__
 
 
 async def _end_client(client: WireClient) -> None:

@@ -30,7 +30,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from marshmallow import Schema
 
@@ -131,15 +131,9 @@ class Actor:
     state_schema: ClassVar[type[Schema] | None] = None
     handlers: ClassVar[dict[str, Handler]] = {}
 
-    __slots__ = ("_actor_id", "_emitted", "_spoiled")  # beside what the class itself sets, which is all that `vars` has
-    _actor_id: ActorId | None
-    _emitted: list[list[Any]] | None  # collects while a command runs, None otherwise
-    _spoiled: Exception | None  # an event that failed half way in the command that ran last
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        self = super().__new__(cls)
-        self._actor_id = self._emitted = self._spoiled = None
-        return self
+    _emitted: list[list[Any]] | None = None  # collects while a command runs, None otherwise
+    _spoiled: Exception | None = None  # an event that failed half way in the command that ran last
+    _actor_id: ActorId | None = None
 
     @property
     def actor_id(self) -> ActorId:

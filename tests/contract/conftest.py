@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import trustme
 
 from routing.link import Link
 from routing.nats_link import NatsLink
@@ -58,10 +59,12 @@ class MemoryServer:
 class NatsServer:
     """nats-server from its wheel, on a free port, with JetStream in `folder`."""
 
-    def __init__(self, folder: Path, *, jetstream: bool = True) -> None:
+    def __init__(self, folder: Path, *, jetstream: bool = True, certificate: Path | None = None) -> None:
         self._config = folder / "nats.conf"
         store = f'jetstream {{ store_dir: "{folder / "store"}" }}' if jetstream else ""
-        self._config.write_text(f'listen: "127.0.0.1:-1"\nmax_payload: {MAX_PAYLOAD}\n{store}\n')
+        tls = f'tls {{ cert_file: "{certificate}"\nkey_file: "{certificate}" }}' if certificate is not None else ""
+        self._config.write_text(f'listen: "127.0.0.1:-1"\nmax_payload: {MAX_PAYLOAD}\n{store}\n{tls}\n')
+        self._scheme = "nats" if certificate is None else "tls"
         self.port = -1
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -69,7 +72,7 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
         """Returns when the server says that it is ready, and knows its port from the same log."""
@@ -140,6 +143,20 @@ async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
 @pytest.fixture
 async def nats_server_without_jetstream(tmp_path: Path) -> AsyncIterator[NatsServer]:
     server = NatsServer(tmp_path, jetstream=False)
+    try:
+        await server.start()
+        yield server
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def tls_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A real server that insists on TLS; its authority's certificate is in `tmp_path / "authority.pem"`."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    server = NatsServer(tmp_path, certificate=tmp_path / "server.pem")
     try:
         await server.start()
         yield server
