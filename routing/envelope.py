@@ -135,15 +135,14 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     ):  # fmt: skip
         _check_fields(document)
     _check_names(name, message_id)
-    in_session: dict[str, Any] = {}
-    if not document.keys().isdisjoint(_OF_SESSIONS):
-        in_session = {
-            "session": _session(document), "number": _count(document, "number"), "after": _count(document, "after")
-        }  # fmt: skip
-    return Command(
+    command = Command(
         actor=ActorId.parse(actor), name=name, arguments=arguments, message_id=message_id, epoch=epoch, hops=hops,
-        expires_ms=expires_ms, linearizable=get("linearizable") is True, **in_session,
+        expires_ms=expires_ms, linearizable=get("linearizable") is True,
     )  # fmt: skip
+    if not document.keys().isdisjoint(_OF_SESSIONS):
+        command.session = _session(document)
+        command.number, command.after = _count(document, "number"), _count(document, "after")
+    return command
 
 
 def _check_fields(document: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ BARRIER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; the transport would buffer without end
 NO_RESPONDERS = b"NATS/1.0 503"
+# In a plain function CancelledError is no cancellation of ours: it read a cancelled future's result.
+HANDLER_ERRORS = (Exception, asyncio.CancelledError)
 SEND_ERRORS = (nats_errors.Error, UnicodeEncodeError)  # of a connection that is closed, of what is no subject
 
 
@@ -342,10 +344,13 @@ class NatsConnection:
         """Call a user's function; what it raises is counted and logged."""
         try:
             call(*arguments)
-        except (Exception, asyncio.CancelledError):
-            # In a plain function CancelledError is no cancellation of ours: it read a cancelled future's result.
-            self.handler_errors += 1
-            log.exception("handler failed", where=where)
+        except HANDLER_ERRORS:
+            self.handler_failed(where)
+
+    def handler_failed(self, where: str) -> None:
+        """Count and log what a user's function has just raised."""
+        self.handler_errors += 1
+        log.exception("handler failed", where=where)
 
     def _attached(self) -> WireClient:
         client = self._client

@@ -24,7 +24,7 @@ from routing.errors import (
     WrongSequence,
 )
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
-from routing.nats_connection import NatsConnection, Registration
+from routing.nats_connection import HANDLER_ERRORS, NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_watch import Watch
 
@@ -122,8 +122,11 @@ class NatsLink:
                 handler(Message(subject=to, payload=data, reply=reply))
                 return
             mark = f"{inbox}{INBOX_MARK}"
-            for token, payload in unpack(data):  # what one is to the handler must not cost the others
-                connection.guard(subject, handler, Message(subject=to, payload=payload, reply=f"{mark}{token}"))
+            for token, payload in unpack(data):
+                try:
+                    handler(Message(subject=to, payload=payload, reply=f"{mark}{token}"))
+                except HANDLER_ERRORS:  # what one is to the handler must not cost the others
+                    connection.handler_failed(subject)
 
         return _LinkSubscription(connection, await connection.subscribe(subject, receive))
 

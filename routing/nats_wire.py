@@ -91,12 +91,12 @@ class WireClient(Client):
         """
         if not _is_known_subject(subject) or (reply and not _is_subject(reply)):
             raise BadSubjectError
+        way, size = f"{subject} {reply}".encode(), len(payload)
         if headers:
-            head, body = b"%b%b\r\n" % (_VERSION, headers), len(payload)
-            line = f"HPUB {subject} {reply} {len(head)} {len(head) + body}\r\n".encode()
-            self._gather(b"%b%b%b\r\n" % (line, head, payload))
+            head = len(headers) + HEADERS_BYTES
+            self._gather(b"HPUB %b %d %d\r\n%b%b\r\n%b\r\n" % (way, head, head + size, _VERSION, headers, payload))
         else:
-            self._gather(b"%b%b\r\n" % (f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload))
+            self._gather(b"PUB %b %d\r\n%b\r\n" % (way, size, payload))
 
     def abort(self) -> None:
         """Cut the connection, which nats-py has no public way to do; unsent bytes are dropped. Idempotent."""
