@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -38,6 +39,7 @@ def main(name: str, as_json: bool, actors: int | None) -> None:
     elif name == "all":
         _measure_all(as_json)
     else:
+        os.sync()  # what was written before, an installation say, must not hold up what is to reach the disk now
         found = document(name, uvloop.run(_measure(name, actors)))
         click.echo(json.dumps(found) if as_json else table(found))
 
