@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import orjson
 import structlog
@@ -27,7 +27,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
+from routing.errors import InvalidInput, NotApplicable, WrongSequence
 from routing.jsonlike import shown
 from workflows.records import (
     TERMINAL,
@@ -42,6 +42,7 @@ from workflows.records import (
     parse_migration_id,
     to_document,
 )
+from workflows.store_deadlines import many_trips, one_trip
 from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
 
 log = structlog.get_logger("ferry.store")
@@ -53,59 +54,15 @@ PAGE = 32  # moves read in one round trip while looking for those that match
 CLUSTER_EVENTS = 10_000
 AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgotten
 
-# What passes when Redis is started, failed over or given memory. Anything else it refuses is a mistake, and rises.
-_OUTAGES = (
-    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
-    exceptions.MasterDownError,
-)  # fmt: skip
-
-P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-Method = Callable[Concatenate["RecordStore", P], Coroutine[Any, Any, T]]
-
-
-def _within(timeouts: int) -> Callable[[Method[P, T]], Method[P, T]]:
-    """Give a method so many times the store's timeout in all, and raise Unavailable for an outage of Redis.
-
-    The deadline is ours, not redis-py's `socket_timeout`: with that it sends through `asyncio.wait_for`, which on
-    Python 3.11 loses a cancellation that comes in the same moment, and a cancelled task would go on for ever.
-    """
-
-    def translated(method: Method[P, T]) -> Method[P, T]:
-        @wraps(method)
-        async def call(self: RecordStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                async with asyncio.timeout(timeouts * self._timeout_s):
-                    return await method(self, *args, **kwargs)
-            except (*_OUTAGES, TimeoutError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise Unavailable(
-                    f"Redis at {self.address} does not serve ({reason}): start it, or correct FERRY_REDIS_URL"
-                ) from error
-            except exceptions.ResponseError as error:
-                if not isinstance(error, exceptions.NoPermissionError) and not str(error).startswith("DENIED"):
-                    raise  # a mistake of ours
-                raise Unavailable(
-                    f"Redis at {self.address} refuses us ({error}): correct its ACL or protected mode"
-                ) from error
-
-        return call
-
-    return translated
-
-
-_one_trip = _within(1)
-_many_trips = _within(12)
 
 
 class RecordStore:
     """The records of one cluster. Safe to share between tasks of one event loop, not between loops."""
 
     def __init__(self, redis: Redis, cluster: str, *, timeout_s: float = 5.0) -> None:
-        self._redis, self._timeout_s = redis, timeout_s
+        self._redis, self.timeout_s = redis, timeout_s
         self.counters: Counter[str] = Counter()
         self._keys = Keys(cluster)
         self._save_move = redis.register_script(SAVE_MOVE)
@@ -143,12 +100,12 @@ class RecordStore:
         known = self._redis.connection_pool.connection_kwargs
         return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
 
-    @_one_trip
+    @one_trip
     async def ping(self) -> None:
         await self._redis.ping()
 
     # -- plans -----------------------------------------------------------------------------------------------------
-    @_many_trips
+    @many_trips
     async def create_plan(
         self, plan: MigrationPlan, moves: Sequence[Move], actors: Mapping[str, Sequence[ActorRow]]
     ) -> list[Move]:
@@ -173,7 +130,7 @@ class RecordStore:
             await pipe.execute()
         return stored
 
-    @_one_trip
+    @one_trip
     async def save_plan(self, plan: MigrationPlan) -> MigrationPlan:
         """Write down that a plan was started, finished or cancelled; return the plan as stored.
 
@@ -188,26 +145,26 @@ class RecordStore:
             raise NotApplicable(f"plan {plan.id} is not stored (any more): list the plans again")
         return stored
 
-    @_one_trip
+    @one_trip
     async def plan(self, plan_id: str) -> MigrationPlan | None:
         return await self._plan(plan_id)
 
-    @_many_trips
+    @many_trips
     async def latest_plan(self) -> MigrationPlan | None:
         return next(iter(await self._plans(await self._ids(self._keys.plans, 0, 1))), None)
 
-    @_many_trips
+    @many_trips
     async def plans(self, limit: int = 100) -> list[MigrationPlan]:
         """Newest first."""
         return await self._plans(await self._ids(self._keys.plans, 0, limit))
 
-    @_many_trips
+    @many_trips
     async def running_plans(self) -> list[MigrationPlan]:
         """Those without `finished_at`, oldest first."""
         return await self._plans(await self._ids(self._keys.running, 0, RUNNING_PLANS, oldest_first=True))
 
     # -- moves -----------------------------------------------------------------------------------------------------
-    @_one_trip
+    @one_trip
     async def save(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
         """Write a move and these of its rows in one round trip; return the move with its new revision.
 
@@ -216,16 +173,16 @@ class RecordStore:
         """
         return _accepted(move, await self._saved_together(self._saving(move, actors, through)))
 
-    @_many_trips
+    @many_trips
     async def save_many(self, moves: Sequence[Move]) -> list[Move]:
         """Write moves, each as `save` does. Raises WrongSequence when some were refused; the others are written."""
         return await self._save_all([(move, ()) for move in moves])
 
-    @_one_trip
+    @one_trip
     async def move(self, move_id: str) -> Move | None:
         return next(iter(await self._moves([move_id])), None)
 
-    @_many_trips
+    @many_trips
     async def moves(
         self, plan_id: str | None = None, limit: int = 100, status: MigrationStatus | None = None
     ) -> list[Move]:
@@ -238,7 +195,7 @@ class RecordStore:
                     break
         return found[: max(limit, 0)]
 
-    @_many_trips
+    @many_trips
     async def unfinished_moves(self) -> list[Move]:
         """Every move that is not terminal, oldest first: what a new leader has to drive on."""
         members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
@@ -246,12 +203,12 @@ class RecordStore:
         found = [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
         return sorted(found, key=lambda move: (move.created_at, move.id))
 
-    @_one_trip
+    @one_trip
     async def actors(self, move_id: str) -> list[ActorRow]:
         return (await self._rows([move_id]))[0]
 
     # -- what users see --------------------------------------------------------------------------------------------
-    @_many_trips
+    @many_trips
     async def migrations(
         self, *, status: MigrationStatus | None = None, plan: str | None = None, actor: str | None = None,
         shard: int | None = None, limit: int = 100,
@@ -269,7 +226,7 @@ class RecordStore:
                     break
         return found[: max(limit, 0)]
 
-    @_one_trip
+    @one_trip
     async def migration(self, migration_id: str) -> ActorMigration | None:
         """Raises InvalidInput when the id is malformed."""
         move_id, index = parse_migration_id(migration_id)
@@ -281,20 +238,20 @@ class RecordStore:
             return None
         return ActorMigration.of(from_document(Move, move), from_document(ActorRow, row))
 
-    @_many_trips
+    @many_trips
     async def audit(self, limit: int = 100) -> list[AuditEvent]:
         """The latest changes of a move's status, newest first."""
         entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
         stored = (entry for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries))
         return self._legible(_audit_event, stored)
 
-    @_one_trip
+    @one_trip
     async def note(self, event: ClusterEvent) -> None:
         """Keep an event of the cluster; the oldest beyond CLUSTER_EVENTS are forgotten."""
         entry: Any = {"event": orjson.dumps(to_document(event))}
         await self._redis.xadd(self._keys.events, entry, maxlen=CLUSTER_EVENTS, approximate=True)
 
-    @_one_trip
+    @one_trip
     async def events(self, limit: int = 20) -> list[ClusterEvent]:
         """The latest events of the cluster, newest first."""
         entries = await self._redis.xrevrange(self._keys.events, count=limit) if limit > 0 else []
@@ -302,7 +259,7 @@ class RecordStore:
         return self._legible(partial(from_document, ClusterEvent), stored)
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
-    @_many_trips
+    @many_trips
     async def trim(self, keep: int) -> int:
         """Delete the oldest terminal moves with their rows until at most `keep` records are left; return how many went.
 
