@@ -32,7 +32,7 @@ from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLar
 from routing.nats_answers import Answers, Then
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
-from routing.nats_wire import HEADERS_BYTES, Receive, WireClient
+from routing.nats_wire import HEADERS_BYTES, NotEncryptedError, Receive, WireClient
 
 log = structlog.get_logger("ferry.nats")
 
@@ -70,7 +70,7 @@ class NatsConnection:
         self.url = ",".join(without_secrets(part) for part in parts(url))
         self.inbox = f"{inbox_prefix}.{uuid.uuid4().hex}"
         self.server_version, self.max_payload = "", 0
-        self._last_error: Exception | None = None
+        self._last_error = ""
         self.handler_errors = self.client_errors = self.reconnects = 0
         self.reconnect_callbacks: list[Callable[[], None]] = []
         self._servers, self._name, self._connect_timeout_s = parts(url), name, connect_timeout_s
@@ -92,14 +92,20 @@ class NatsConnection:
         try:
             await self._attach()
         except (nats_errors.NoServersError, RuntimeError, OSError) as error:
-            if isinstance(self._last_error, ssl.SSLCertVerificationError):
+            if isinstance(error, ssl.SSLCertVerificationError) and len(self._servers) == 1:  # another may be well
                 raise Incompatible(
-                    f"the NATS server at {self.url} shows a certificate that is not trusted here"
-                    f" ({self._last_error.verify_message}): name its authority's in SSL_CERT_FILE"
+                    f"the NATS server at {self.url} shows a certificate that is not accepted here"
+                    f" ({error.verify_message}): correct it, or the name in FERRY_NATS_URL, or name its authority's"
+                    " certificate in SSL_CERT_FILE"
                 ) from error
             raise Unavailable(
-                f"no NATS server answers at {self.url} ({_in_words(self._last_error)}):"
+                f"no NATS server answers at {self.url} ({self._last_error or 'no answer'}):"
                 " start one (`ferry up`, or nats-server -js), or correct FERRY_NATS_URL"
+            ) from error
+        except NotEncryptedError as error:
+            raise Incompatible(
+                f"the NATS server at {self.url} does not encrypt its connections: let it use TLS, or say nats:// in"
+                " FERRY_NATS_URL"
             ) from error
         except nats_errors.Error as error:
             raise Incompatible(
@@ -445,15 +451,11 @@ class NatsConnection:
             log.warning("answer ignored", subject=subject, error=str(error))
 
     def _on_error(self, error: Exception, *, quiet: bool) -> None:
-        self._last_error = error
+        self._last_error = str(error) or type(error).__name__
         if quiet:  # the client is on its way in or out; whoever attaches it reports
             return
         self.client_errors += 1
         log.warning("nats client error", url=self.url, error=f"{type(error).__name__}: {error}")
-
-
-def _in_words(error: Exception | None) -> str:
-    return "no answer" if error is None else str(error) or type(error).__name__
 
 
 async def _end_client(client: WireClient) -> None:

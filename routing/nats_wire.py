@@ -17,12 +17,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, cast
 
 import structlog
+from nats import errors as nats_errors
 from nats.aio.client import Client
-from nats.errors import BadSubjectError, ConnectionClosedError
 
 from routing.errors import InvalidInput
 
@@ -34,8 +33,11 @@ Receive = Callable[[str, str, bytes, bytes], None]
 _VERSION, _LINE_END = b"NATS/1.0\r\n", b"\r\n"
 HEADERS_BYTES = len(_VERSION + _LINE_END)  # around the lines of a message's headers
 _MESSAGES, _HMSG = (b"MSG ", b"HMSG "), 4
-SUBJECTS_RECALLED = 4_096
 _BLANK = re.compile(r"\s")
+
+
+class NotEncryptedError(nats_errors.Error):
+    """A server that was asked for by `tls://` goes on without."""
 
 
 class WireClient(Client):
@@ -61,6 +63,19 @@ class WireClient(Client):
         self._out = cast(asyncio.Transport, writer.transport)  # after TLS has taken its place
         self._out.set_protocol(_Messages(self, cast(asyncio.Protocol, self._out.get_protocol())))
 
+    def _connect_command(self) -> bytes:
+        """nats-py's, in which user and password go to the server.
+
+        nats-py encrypts where the server wants it, whatever the URL says: who asked for `tls://` would tell a server
+        that does not, or somebody in between. Raises NotEncryptedError.
+        """
+        writer: asyncio.StreamWriter = self._transport._io_writer  # type: ignore[union-attr]
+        server = self._current_server
+        if server is not None and server.uri.scheme == "tls" and writer.get_extra_info("ssl_object") is None:
+            raise NotEncryptedError("the server does not encrypt its connections")
+        command: bytes = super()._connect_command()
+        return command
+
     @property
     def unsent_bytes(self) -> int:
         return self._out.get_write_buffer_size() + self._gathered_bytes
@@ -72,7 +87,7 @@ class WireClient(Client):
         """
         tokens = subject.split(".")
         if "" in tokens or ">" in tokens[:-1] or not _is_subject(subject):
-            raise BadSubjectError
+            raise nats_errors.BadSubjectError
         self._listened += 1
         sid = b"f%d" % self._listened  # nats-py's own are numbers
         self._gather(b"SUB %b %b\r\n" % (subject.encode(), sid))
@@ -89,8 +104,8 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        if not _is_known_subject(subject) or (reply and not _is_subject(reply)):
-            raise BadSubjectError
+        if not _is_subject(subject) or (reply and not _is_subject(reply)):
+            raise nats_errors.BadSubjectError
         way, size = f"{subject} {reply}".encode(), len(payload)
         if headers:
             head = len(headers) + HEADERS_BYTES
@@ -106,7 +121,7 @@ class WireClient(Client):
 
     def _gather(self, message: bytes) -> None:
         if self._out.is_closing():  # nobody else may have heard of it yet, and what is written now goes nowhere
-            raise ConnectionClosedError
+            raise nats_errors.ConnectionClosedError
         if not self._gathered:
             self._loop.call_soon(self.write_out)
         self._gathered.append(message)
@@ -194,9 +209,6 @@ def _is_subject(text: str) -> bool:
     if text.isprintable() and " " not in text:  # nearly all are: then none of it is blank
         return text != ""
     return _BLANK.search(text) is None
-
-
-_is_known_subject = lru_cache(maxsize=SUBJECTS_RECALLED)(_is_subject)  # replies are new each time, subjects seldom
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

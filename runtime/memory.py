@@ -5,7 +5,7 @@ All of it derives from the log: every entry carries its command's id and answer,
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,25 +60,28 @@ class AnsweredCommands:
     longest retry.
     """
 
-    __slots__ = ("_errors", "_limit", "_replies")
+    __slots__ = ("_errors", "_ids", "_limit", "_replies")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         # No object for each answer: a busy host remembers more of them than its processor's cache holds.
         self._replies: dict[str, Any] = {}  # by id; None for a refusal
+        self._ids = deque[str]()  # the same, oldest first; to find a dict's first key takes longer the more have gone
         self._errors: dict[str, dict[str, Any]] = {}  # of those that were refused
 
     def __len__(self) -> int:
         return len(self._replies)
 
     def add(self, message_id: str, reply: Any, error: dict[str, Any] | None) -> None:
+        if message_id not in self._replies:
+            self._ids.append(message_id)
         self._replies[message_id] = reply
         if error is not None:
             self._errors[message_id] = error
         elif self._errors:
             self._errors.pop(message_id, None)
-        while len(self._replies) > self._limit:
-            oldest = next(iter(self._replies))
+        while len(self._ids) > self._limit:
+            oldest = self._ids.popleft()
             del self._replies[oldest]
             self._errors.pop(oldest, None)
 

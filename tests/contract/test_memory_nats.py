@@ -42,8 +42,8 @@ async def test_a_watch_that_lags_never_hears_of_what_was_replaced() -> None:
     seen: asyncio.Queue[Entry] = asyncio.Queue()
     await bob.watch("KV_map", "$KV.map.>", seen.put_nowait, timeout_s=WAIT_S)
 
-    for key in ("a", "a", "b"):
-        await alice.append(f"$KV.map.{key}", b"", expected=None, timeout_s=WAIT_S)
+    writes = (alice.append(f"$KV.map.{key}", b"", expected=None, timeout_s=WAIT_S) for key in ("a", "a", "b"))
+    await asyncio.gather(*writes)
 
     async with asyncio.timeout(WAIT_S):
         assert [(await seen.get()).sequence for _ in range(2)] == [2, 3]

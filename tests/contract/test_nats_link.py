@@ -308,6 +308,30 @@ async def test_a_server_of_an_unknown_authority_is_incompatible(tls_server: Nats
         await tls_server.link("alice")
 
 
+async def test_a_bad_certificate_among_several_servers_is_no_reason_to_give_up(tls_server: NatsServer) -> None:
+    """Property: the other servers may only be starting, so whoever waits for one goes on waiting."""
+    with pytest.raises(Unavailable):
+        await NatsLink.connect(f"{tls_server.url},tls://127.0.0.1:{unused_port()}", name="test")
+
+
+async def test_what_is_to_be_encrypted_is_never_said_in_clear() -> None:
+    """Property: a server that offers no TLS hears neither user nor password of a `tls://` URL."""
+    said: list[bytes] = []
+
+    async def offer_no_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        document = {"server_id": "PLAIN", "version": "2.15.1", "headers": True, "max_payload": 1_048_576}
+        writer.write(b"INFO " + json.dumps(document).encode() + b"\r\n")
+        while line := await reader.readline():
+            said.append(line)
+            writer.write(b"PONG\r\n")
+
+    async with listening(offer_no_tls) as port:
+        with pytest.raises(Incompatible, match="does not encrypt"):
+            await NatsLink.connect(f"tls://me:secret@127.0.0.1:{port}", name="test")
+
+    assert said == []
+
+
 async def test_headers_count_towards_the_limit(nats_server: NatsServer) -> None:
     """Property: a message that exceeds the server's limit by its headers is refused here, and costs no connection."""
     link = await nats_server.link("test")
