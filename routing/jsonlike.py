@@ -59,11 +59,8 @@ def copy(value: Any) -> Any:
 
 def copies(value: Any, count: int) -> list[Any]:
     """As many copies, none of which shares anything with another."""
-    kind = type(value)
-    if kind is dict and not value:
-        return [{} for _ in range(count)]
     encoded = dumps(value)
-    if kind is dict and _EXACT.issuperset(map(type, value.values())):
+    if type(value) is dict and _EXACT.issuperset(map(type, value.values())):
         return [value.copy() for _ in range(count)]
     return [orjson.loads(encoded) for _ in range(count)]
 

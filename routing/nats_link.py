@@ -119,12 +119,12 @@ class NatsLink:
         def receive(to: str, reply: str, data: bytes, _headers: bytes) -> None:
             inbox, frame, _ = reply.rpartition(FRAME_MARK)
             if not frame:
-                handler(Message(subject=to, payload=data, reply=reply))
+                handler(Message(to, data, reply))
                 return
             mark = f"{inbox}{INBOX_MARK}"
             for token, payload in unpack(data):
                 try:
-                    handler(Message(subject=to, payload=payload, reply=f"{mark}{token}"))
+                    handler(Message(to, payload, f"{mark}{token}"))
                 except HANDLER_ERRORS:  # what one is to the handler must not cost the others
                     connection.handler_failed(subject)
 

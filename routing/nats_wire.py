@@ -186,18 +186,19 @@ class _Messages(asyncio.Protocol):
             at, body = end + 2, begin + head_bytes
             if (receive := receivers.get(sid)) is not None:  # else it crossed the end of its subscription
                 # NATS lets anybody publish to a subject that is no text.
-                to, answer_to = subject.decode(errors="replace"), reply.decode(errors="replace")
+                to = subject.decode(errors="replace")
+                answer_to = reply.decode(errors="replace") if reply else ""
                 receive(to, answer_to, data[body:end], data[begin:body])
         return at
 
 
 def _line(line: bytes) -> tuple[bytes, bytes, bytes, int, int]:
     """(subject, sid, reply, bytes of headers, bytes of headers and payload) of a message's first line."""
-    verb, *words = line.split(b" ")  # and not at what else Python takes for blank: a subject may hold that
+    words = line.split(b" ")  # and not at what else Python takes for blank: a subject may hold that
     try:
         body_bytes = int(words.pop())
-        head_bytes = int(words.pop()) if len(verb) == _HMSG else 0
-        subject, sid, reply = words if len(words) == 3 else (*words, b"")
+        head_bytes = int(words.pop()) if len(words[0]) == _HMSG else 0
+        _, subject, sid, reply = words if len(words) == 4 else (*words, b"")
         if not 0 <= head_bytes <= body_bytes:
             raise ValueError("more headers than message")
     except (ValueError, IndexError) as error:

@@ -164,7 +164,7 @@ class Actor:
         if self._emitted is None:
             raise InvalidInput(f"emit({event_name!r}) outside a @command: a @query only reads, an @event only applies")
         try:
-            applied, recorded = jsonlike.copies(values, 2)
+            applied, recorded = jsonlike.copies(values, 2) if values else ({}, {})
         except TypeError as error:
             raise InvalidInput(f"event {event_name!r} has a value that is not JSON-like: {error}") from error
         emitted, self._emitted = self._emitted, None  # an event that emits would do so again on every replay

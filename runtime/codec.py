@@ -25,6 +25,7 @@ from marshmallow import Schema
 from routing import jsonlike
 from routing.address import ActorId
 from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable
+from routing.jsonlike import SMALL
 from runtime.actor import Actor
 
 INLINE_BYTES = 64 * 1024  # digested and compressed in the time that handing over to a thread and back takes
@@ -101,12 +102,15 @@ def bytes_of_plain(instance: Actor) -> int | None:
         return None
     size = 0
     for name, value in vars(instance).items():
-        kind = type(value)
-        if name.startswith("_"):
+        if name[:1] == "_":
             continue
-        if kind is str and value.isascii():
+        kind = type(value)
+        if kind is int:
+            if not -SMALL < value < SMALL:
+                return None
+        elif kind is str and value.isascii():
             size += len(value)
-        elif not (value is None or kind is bool or (kind is int and -jsonlike.SMALL < value < jsonlike.SMALL)):
+        elif not (value is None or kind is bool):
             return None
         size += len(name) + PLAIN_BYTES
     return size

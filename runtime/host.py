@@ -155,7 +155,7 @@ class Host:
     async def ask(self, command: Command) -> Answer:
         """Deliver a command of this very process and await its answer. The caller sets the deadline."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.deliver(Delivery(command=command, future=future))
+        self.deliver(Delivery(command, future=future))
         return await future
 
     def expired(self, command: Command) -> bool:

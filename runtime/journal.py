@@ -36,7 +36,7 @@ class Kind(StrEnum):
     SNAPSHOT = "snapshot"
 
 
-@dataclass(slots=True, kw_only=True)  # one for each append and never changed: frozen, it takes thrice as long to make
+@dataclass(slots=True)  # as a command
 class Record:
     """One message of an actor's log, without its sequence."""
 

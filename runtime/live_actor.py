@@ -116,10 +116,8 @@ class LiveActor:
 
     def _begin(self, command: Command, epoch: int, incarnation: str) -> Record:
         self.dirty = True
-        return Record(
-            kind=Kind.COMMAND, epoch=epoch, incarnation=incarnation, trail=self.trail, message_id=command.message_id,
-            session=command.session, number=command.number,
-        )  # fmt: skip
+        of = command.message_id, command.session, command.number
+        return Record(Kind.COMMAND, epoch, incarnation, self.trail, *of)
 
     def _decided(self, record: Record, reply: Any) -> Record:
         """Raises StateNotPortable."""

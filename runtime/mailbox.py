@@ -125,7 +125,7 @@ class Mailboxes:
         assert live.instance is not None
         live.idle_since_s = None
         try:
-            answer = Answer(value=query_at_once(live.instance, handler, delivery.command.arguments))
+            answer = Answer(query_at_once(live.instance, handler, delivery.command.arguments))
         except Exception as error:
             answer = Answer(error=live.failed(error, handler))
         if answer.value is LATER:
@@ -306,7 +306,7 @@ class Mailboxes:
         if record.error is not None:
             self._host.counters["rejections"] += 1
             return Answer(error=from_wire(record.error))
-        return Answer(value=record.reply)
+        return Answer(record.reply)
 
     def _refusal(self, unit: Unit, live: LiveActor, command: Command, error: PermanentError) -> Record:
         return Record(

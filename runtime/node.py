@@ -277,9 +277,7 @@ class Node:
             if message.reply:
                 self.spawn(self._reply(message.reply, encode_answer(Answer(error=error))))
             return
-        self.host.deliver(
-            Delivery(command=command, size_bytes=len(message.payload), subject=message.subject, reply=message.reply)
-        )
+        self.host.deliver(Delivery(command, len(message.payload), message.subject, message.reply))
 
     def _on_control(self, message: Message) -> None:
         self.spawn(self._control(message.subject.rpartition(".")[2], message))

@@ -107,14 +107,14 @@ class MemoryLink:
 
     def _publish(self, subject: str, payload: bytes, reply: str) -> None:
         self._check(subject, payload)
-        message = Message(subject=subject, payload=payload, reply=reply)
+        message = Message(subject, payload, reply)
         self._send(self._fate("publish", subject), partial(self._server.route, message), message=True)
 
     async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
         self._check(subject, payload)
         self._requests += 1
         inbox = f"{self._inbox}.{self._requests}"
-        message = Message(subject=subject, payload=payload, reply=inbox)
+        message = Message(subject, payload, inbox)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         fate = self._fate("request", subject)
         if fate != "drop_reply":
