@@ -102,7 +102,9 @@ class Link(Protocol):
         PayloadTooLarge over the server's or the stream's limit, Incompatible when the stream does not allow it.
         """
 
-    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+    def append_then(
+        self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended, rollup: bool = False
+    ) -> None:
         """As `append`, without anybody who waits: `then` is called once, with the sequence or what `append` raises.
 
         That may be within `close`. Raises Unavailable and PayloadTooLarge itself where nothing was sent; then `then` is

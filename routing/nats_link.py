@@ -31,6 +31,7 @@ from routing.nats_watch import Watch
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
 MIN_TTL_S = 1  # JetStream's own minimum and granularity
 EXPECTED = b"Nats-Expected-Last-Subject-Sequence: %d\r\n"
+ROLLUP = b"Nats-Rollup: sub\r\n"
 _NANOSECONDS = 1_000_000_000
 
 # JetStream's err_code values (nats-server, server/errors.json).
@@ -139,7 +140,7 @@ class NatsLink:
         replicas): either way, read again before deciding again."""
         headers = b"" if expected is None else EXPECTED % expected
         if rollup:
-            headers += b"Nats-Rollup: sub\r\n"
+            headers += ROLLUP
         if ttl_s is not None:
             headers += b"Nats-TTL: %ds\r\n" % max(MIN_TTL_S, math.ceil(ttl_s))
         if discard:
@@ -151,7 +152,9 @@ class NatsLink:
             raise _append_in_doubt(subject, timeout_s) from error
         return _sequence_in(subject, expected, acknowledged)
 
-    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+    def append_then(
+        self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended, rollup: bool = False
+    ) -> None:
         def answered(answer: bytes | FerryError) -> None:
             if isinstance(answer, FerryError):
                 then(_append_in_doubt(subject, timeout_s) if isinstance(answer, Timeout) else answer)
@@ -162,7 +165,7 @@ class NatsLink:
                 outcome = error
             then(outcome)
 
-        headers = EXPECTED % expected
+        headers = EXPECTED % expected + ROLLUP if rollup else EXPECTED % expected
         self._connection.request_then(subject, payload, timeout_s=timeout_s, headers=headers, then=answered)
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:

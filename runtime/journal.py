@@ -89,14 +89,16 @@ class Journal:
         """
         _, subject = self._place_of(actor)
         return await self._link.append(
-            subject, encode_record(record), expected=after, timeout_s=self._timeout_s,
-            rollup=record.kind is Kind.SNAPSHOT,
-        )  # fmt: skip
+            subject, encode_record(record), expected=after, timeout_s=self._timeout_s, rollup=record.frame is not None
+        )
 
     def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
-        """As `append`, for all but snapshots, without anybody who waits; see Link.append_then."""
+        """As `append`, without anybody who waits; see Link.append_then."""
         _, subject = self._place_of(actor)
-        self._link.append_then(subject, encode_record(record), expected=after, timeout_s=self._timeout_s, then=then)
+        self._link.append_then(
+            subject, encode_record(record), expected=after, timeout_s=self._timeout_s, then=then,
+            rollup=record.frame is not None,
+        )  # fmt: skip
 
     async def tail(self, actor: ActorId) -> tuple[int, Record] | None:
         """The last message of the actor's log, from the leader. Raises Timeout, Unavailable."""

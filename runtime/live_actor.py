@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from routing.local import LATER
 from runtime import actor as actors
 from runtime import rules
 from runtime.actor import Actor, Handler
-from runtime.codec import aside, bytes_of_plain, capture_state, pack, restore_state, unpack
+from runtime.codec import Frame, aside, bytes_of_plain, capture_state, pack, restore_state, unpack
 from runtime.delivery import Delivery
 from runtime.journal import History, Kind, Record
 from runtime.memory import Limits, Memory
@@ -161,16 +162,26 @@ class LiveActor:
 
     async def snapshot(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record:
         """Only who has the actor to itself may ask. Raises StateNotPortable, PayloadTooLarge."""
+        packing = self._packing(max_state_bytes)
+        return self._snapshot_of(await aside(self.state_bytes, packing), epoch, incarnation)
+
+    def snapshot_at_once(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record | None:
+        """As `snapshot`; None for a state so large that packing it would hold up the commands of others."""
+        if self.state_bytes > CHECKED_BYTES:
+            return None
+        packing = self._packing(max_state_bytes)
+        return None if self.state_bytes > CHECKED_BYTES else self._snapshot_of(packing(), epoch, incarnation)
+
+    def _packing(self, max_state_bytes: int) -> Callable[[], Frame]:
+        """Capture the state now; how to pack it, in any thread. Raises StateNotPortable."""
         assert self.instance is not None
-        assert self.memory is not None
         state, schema = capture_state(self.instance), self.instance.schema_version
         self.state_bytes = len(state)
-        frame = await aside(
-            len(state), partial(pack, state, schema=schema, max_bytes=max_state_bytes, actor=self.actor_id)
-        )
-        return Record(
-            kind=Kind.SNAPSHOT, epoch=epoch, incarnation=incarnation, memory=self.memory.to_document(), frame=frame
-        )
+        return partial(pack, state, schema=schema, max_bytes=max_state_bytes, actor=self.actor_id)
+
+    def _snapshot_of(self, frame: Frame, epoch: int, incarnation: str) -> Record:
+        assert self.memory is not None
+        return Record(Kind.SNAPSHOT, epoch, incarnation, memory=self.memory.to_document(), frame=frame)
 
 
 def new_instance(actor_class: type[Actor]) -> Actor:

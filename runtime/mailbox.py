@@ -141,28 +141,64 @@ class Mailboxes:
             if isinstance(outcome, FerryError):
                 raise outcome
             self._answer(unit, delivery, self._stored(live, record, outcome))
-            if live.inbox or self._snapshot_is_due(unit, live):
+            if not self._snapshot_is_due(unit, live):
+                self._next(unit, live)
+            elif not self._snapshot_sent(unit, live):
                 self._spawn(self._run(unit, live))
-            else:
-                self._rest(unit, live)
         except Exception as error:
             self._go_on(unit, live, delivery, error)
 
-    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery, error: Exception | None = None) -> None:
+    def _next(self, unit: Unit, live: LiveActor) -> None:
+        if live.inbox:
+            self._spawn(self._run(unit, live))
+        else:
+            self._rest(unit, live)
+
+    def _snapshot_sent(self, unit: Unit, live: LiveActor) -> bool:
+        """Capture a small state and send off its snapshot; False when that is for a task, or will fail there again."""
+        if not self._journal.takes_more():
+            return False
+        try:
+            record = live.snapshot_at_once(
+                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
+            )
+            if record is None:
+                return False
+            then = partial(self._snapshot_appended, unit, live, record)
+            self._journal.append_then(live.actor_id, record, after=live.version, then=then)
+        except FerryError:
+            return False
+        return True
+
+    def _snapshot_appended(self, unit: Unit, live: LiveActor, record: Record, outcome: int | FerryError) -> None:
+        try:
+            if isinstance(outcome, FerryError):
+                self._not_rolled_up(live, outcome)
+            else:
+                self._rolled_up(live, record, outcome)
+            self._next(unit, live)
+        except Exception as error:
+            self._go_on(unit, live, None, error)
+
+    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery | None, error: Exception | None = None) -> None:
         """Let a task decide again what could not be decided at once; what is no error of the tree ends the node there.
 
         Nothing is in the log yet, as far as is known, but the instance may have changed.
         """
         live.dirty = True
         failed = None if isinstance(error, PayloadTooLarge) else error  # decided again, that becomes a logged refusal
-        self._spawn(self._run(unit, live, (delivery, failed)))
+        self._spawn(self._run(unit, live, delivery, failed))
 
     # -- with a task -------------------------------------------------------------------------------------------------
-    async def _run(self, unit: Unit, live: LiveActor, begun: tuple[Delivery, Exception | None] | None = None) -> None:
-        """Serve what waits for an actor; first what was `begun` without a task and failed, and how."""
+    async def _run(
+        self, unit: Unit, live: LiveActor, begun: Delivery | None = None, failed: Exception | None = None
+    ) -> None:
+        """Serve what waits for an actor; first what was `begun` without a task and `failed`."""
         try:
             if begun is not None:
-                await self._serve(unit, live, *begun)
+                await self._serve(unit, live, begun, failed)
+            elif failed is not None:
+                raise failed
             else:
                 await self._snapshot_when_due(unit, live)  # of what was decided at once
             self._let_look(live)
@@ -391,18 +427,28 @@ class Mailboxes:
                 epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
             )
             version = await self._journal.append(live.actor_id, record, after=live.version)
-        except (WrongSequence, InDoubt):
-            live.dirty = True  # the next command reads what the log says
-        except Unavailable:
-            pass  # nothing was stored: the next command tries again
-        except (StateNotPortable, PayloadTooLarge) as error:
-            live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
-            self._host.counters["snapshots_failed"] += 1
-            log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
+        except FerryError as error:
+            self._not_rolled_up(live, error)
         else:
-            live.stored(record, version)
-            live.snapshot_from = 0
-            self._host.counters["snapshots"] += 1
+            self._rolled_up(live, record, version)
+
+    def _rolled_up(self, live: LiveActor, snapshot: Record, version: int) -> None:
+        live.stored(snapshot, version)
+        live.snapshot_from = 0
+        self._host.counters["snapshots"] += 1
+
+    def _not_rolled_up(self, live: LiveActor, error: FerryError) -> None:
+        match error:
+            case WrongSequence() | InDoubt():
+                live.dirty = True  # the next command reads what the log says
+            case Unavailable():
+                pass  # nothing was stored: the next command tries again
+            case StateNotPortable() | PayloadTooLarge():
+                live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
+                self._host.counters["snapshots_failed"] += 1
+                log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
+            case _:
+                raise error
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
         """Tell the sender of a command what became of it, and who says so; all that is said for an actor goes here."""

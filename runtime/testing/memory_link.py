@@ -151,13 +151,15 @@ class MemoryLink:
         except Timeout as error:
             raise _in_doubt(subject, timeout_s) from error
 
-    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+    def append_then(
+        self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended, rollup: bool = False
+    ) -> None:
         def ended(outcome: int | FerryError) -> None:
             timer.cancel()
             self._in_flight.discard(told)
             then(_in_doubt(subject, timeout_s) if isinstance(outcome, Timeout) else outcome)
 
-        store = partial(self._store, subject, payload, expected=expected, rollup=False, ttl_s=None, discard=False)
+        store = partial(self._store, subject, payload, expected=expected, rollup=rollup, ttl_s=None, discard=False)
         self._check(subject, payload)
         told = _Told(ended)
         timer = asyncio.get_running_loop().call_later(timeout_s, _fail, told, _too_late(subject, timeout_s))

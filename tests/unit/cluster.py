@@ -359,12 +359,12 @@ class ForgetfulLink:
             raise WrongSequence(f"{subject} ends at {kept}")
         return await self._link.append(subject, payload, expected=expected, timeout_s=timeout_s, **more)
 
-    def append_then(self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended) -> None:
+    def append_then(self, subject: str, payload: bytes, *, expected: int, then: Appended, **how: Any) -> None:
         kept = self._kept(subject)
         if kept is not None and expected != kept:
             then(WrongSequence(f"{subject} ends at {kept}"))
         else:
-            self._link.append_then(subject, payload, expected=expected, timeout_s=timeout_s, then=then)
+            self._link.append_then(subject, payload, expected=expected, then=then, **how)
 
 
 @contextlib.asynccontextmanager
