@@ -143,9 +143,12 @@ class LiveActor:
         snapshotted or moved.
         """
         assert self.instance is not None
-        if events and self.state_bytes <= CHECKED_BYTES and not hasattr(self.instance, "capture"):
+        if events and self._is_small():
             size = bytes_of_plain(self.instance)
             self.state_bytes = len(capture_state(self.instance)) if size is None else size
+
+    def _is_small(self) -> bool:
+        return self.state_bytes <= CHECKED_BYTES and not hasattr(self.instance, "capture")
 
     async def ask(self, handler: Handler, command: Command) -> Answer:
         """Run a query."""
@@ -166,11 +169,8 @@ class LiveActor:
         return self._snapshot_of(await aside(self.state_bytes, packing), epoch, incarnation)
 
     def snapshot_at_once(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record | None:
-        """As `snapshot`; None for a state so large that packing it would hold up the commands of others."""
-        if self.state_bytes > CHECKED_BYTES:
-            return None
-        packing = self._packing(max_state_bytes)
-        return None if self.state_bytes > CHECKED_BYTES else self._snapshot_of(packing(), epoch, incarnation)
+        """As `snapshot`; None for a state that may be so large that packing it holds up the commands of others."""
+        return self._snapshot_of(self._packing(max_state_bytes)(), epoch, incarnation) if self._is_small() else None
 
     def _packing(self, max_state_bytes: int) -> Callable[[], Frame]:
         """Capture the state now; how to pack it, in any thread. Raises StateNotPortable."""

@@ -54,7 +54,7 @@ class Mailboxes:
     """Serves the commands of all actors of a host, each actor's one at a time.
 
     An actor is `running` from the beginning of a command to its end. It has a task then when anything has to be waited
-    for but the append of one command; what comes meanwhile waits in its inbox.
+    for but the append of one command, or of a snapshot; what comes meanwhile waits in its inbox.
     """
 
     def __init__(

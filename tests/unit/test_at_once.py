@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,10 +12,21 @@ import pytest
 
 from routing.address import ActorId
 from routing.envelope import Answer
-from routing.errors import HandlerFailed, InvalidInput, PayloadTooLarge, Rejected, Unavailable
+from routing.errors import (
+    FerryError,
+    HandlerFailed,
+    InvalidInput,
+    PayloadTooLarge,
+    Rejected,
+    Unavailable,
+    WrongSequence,
+)
+from routing.link import Appended
 from routing.session import Session
 from routing.session_id import new_session_id
 from runtime.actor import Actor, command, event, query
+from runtime.journal import Journal, Kind, Record
+from runtime.live_actor import CHECKED_BYTES
 from runtime.mailbox import Mailboxes
 from runtime.testing import Fault, MemoryLink
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, answered, cluster
@@ -383,3 +394,141 @@ async def test_a_link_with_too_much_to_send_has_a_command_wait_before_it_is_deci
 
         assert not refusing["append_then"].called
         assert host.counters["activations"] == loaded
+
+
+@contextlib.contextmanager
+def first_snapshot(befall: Callable[[Appended], bool]) -> Iterator[None]:
+    """Call `befall` with what is to hear of the first snapshot that is sent without a task; True: it is not sent."""
+    append_then, befallen = Journal.append_then, []
+
+    def appending(self: Journal, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
+        if record.kind is Kind.SNAPSHOT and not befallen:
+            befallen.append(record)
+            if befall(then):
+                return
+        append_then(self, actor, record, after=after, then=then)
+
+    with mock.patch.object(Journal, "append_then", appending):
+        yield
+    assert befallen
+
+
+@virtually
+async def test_a_small_state_is_rolled_up_without_a_task() -> None:
+    """One that takes long to pack is for a task."""
+    async with cluster("a", snapshot_every=3) as small:
+        host, rolled_up = small.nodes["a"].node.host, ["snapshot"]
+        await small.send("k", "write", entry=0)
+        with mock.patch.object(Mailboxes, "_run", autospec=True, side_effect=Mailboxes._run) as tasks:
+            for entry in (1, 2, 3, 4):  # the snapshot itself is an entry of the log
+                await small.send("k", "write", entry=entry)
+            await until(lambda: host.counters["snapshots"] == 2)
+            assert small.kinds("k") == rolled_up
+            assert not tasks.called
+
+            for entry in ("x" * CHECKED_BYTES, 6):
+                await small.send("k", "write", entry=entry)
+            await until(lambda: host.counters["snapshots"] == 3)
+            assert small.kinds("k") == rolled_up
+            assert tasks.called
+
+        assert await small.send("k", "read") == [0, 1, 2, 3, 4, "x" * CHECKED_BYTES, 6]
+
+
+@virtually
+@pytest.mark.parametrize("fault", ["drop_reply", "drop_request", "late"])
+async def test_a_snapshot_without_an_answer_may_have_landed(fault: Fault) -> None:
+    """The next command reads what the log says; what was waiting for it is served in order."""
+    async with cluster("a", snapshot_every=3, append_timeout_s=1.0) as small:
+        await small.send("k", "write", entry=0)
+        await small.send("k", "write", entry=1)
+
+        def disturb(_: Appended) -> bool:
+            small.disturb(fault, "append", "=k")
+            return False
+
+        with first_snapshot(disturb):
+            assert await small.send("k", "write", entry=2) == 3
+            futures = await posted(small, [3, 4, 5])
+            assert [(await answered(future)).value for future in futures] == [4, 5, 6]
+
+        assert small.disturbed()
+        assert await small.send("k", "read") == [0, 1, 2, 3, 4, 5]
+
+
+@virtually
+@pytest.mark.parametrize(
+    ("error", "snapshots", "failed"),
+    [
+        (WrongSequence("somebody else appended"), 1, 0),  # the log is read, and it is due again
+        (Unavailable("no leader"), 1, 0),  # due after the next command
+        (PayloadTooLarge("over the stream's limit"), 0, 1),  # not before the log is twice as long
+    ],
+)
+@pytest.mark.parametrize("when", ["answered", "sent"])
+async def test_a_snapshot_that_is_refused_costs_no_command(
+    error: FerryError, snapshots: int, failed: int, when: str
+) -> None:
+    """Refused by the server, or by the link; then its task is told the same."""
+    async with cluster("a", snapshot_every=3) as small:
+        await small.send("k", "write", entry=0)
+        await small.send("k", "write", entry=1)
+        host, append = small.nodes["a"].node.host, Journal.append
+
+        def refuse(then: Appended) -> bool:
+            if when == "sent":
+                raise error
+            asyncio.get_running_loop().call_soon(then, error)
+            return True
+
+        async def refuse_the_task_once(self: Journal, actor: ActorId, record: Record, *, after: int) -> int:
+            if record.kind is Kind.SNAPSHOT and not refused:
+                refused.append(record)
+                raise error
+            return await append(self, actor, record, after=after)
+
+        refused: list[Record] = [] if when == "sent" else [Record(Kind.CLAIM, 0, "")]
+        with first_snapshot(refuse), mock.patch.object(Journal, "append", refuse_the_task_once):
+            assert await small.send("k", "write", entry=2) == 3
+            assert await small.send("k", "write", entry=3) == 4
+
+        await asyncio.sleep(1)
+        assert refused
+        assert (host.counters["snapshots"], host.counters["snapshots_failed"]) == (snapshots, failed)
+        assert await small.send("k", "read") == [0, 1, 2, 3]
+
+
+@virtually
+async def test_a_pause_waits_for_a_snapshot_under_way() -> None:
+    """And the move carries the actor at the version it left."""
+    async with cluster("a", "b", snapshot_every=3, append_timeout_s=1.0) as small:
+        await small.send("k", "write", entry=0)
+        await small.send("k", "write", entry=1)
+
+        def disturb(_: Appended) -> bool:
+            small.disturb("drop_reply", "append", "=k")
+            return False
+
+        with first_snapshot(disturb):
+            assert await small.send("k", "write", entry=2) == 3
+            await small.move("m", "b")
+        await small.served_by("b")
+
+        assert small.disturbed()
+        assert await small.send("k", "write", entry=3) == 4
+        assert await small.send("k", "read") == [0, 1, 2, 3]
+
+
+@virtually
+async def test_a_mistake_after_a_snapshot_ends_the_node() -> None:
+    """As after a command."""
+    async with cluster("a", snapshot_every=3) as small:
+        await small.send("k", "write", entry=0)
+        await small.send("k", "write", entry=1)
+
+        with mock.patch.object(Mailboxes, "_rolled_up", side_effect=ZeroDivisionError):
+            await small.send("k", "write", entry=2)
+            with pytest.raises(ZeroDivisionError):
+                await small.nodes["a"].task
+
+        small.everyone.clear()
