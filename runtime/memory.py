@@ -66,21 +66,24 @@ class AnsweredCommands:
         self._limit = limit
         # No object for each answer: a busy host remembers more of them than its processor's cache holds.
         self._replies: dict[str, Any] = {}  # by id; None for a refusal
-        self._ids = deque[str]()  # the same, oldest first; to find a dict's first key takes longer the more have gone
+        # The same, oldest first, once one has to go: a dict's first key is found the later the more have gone.
+        self._ids: deque[str] | None = None
         self._errors: dict[str, dict[str, Any]] = {}  # of those that were refused
 
     def __len__(self) -> int:
         return len(self._replies)
 
     def add(self, message_id: str, reply: Any, error: dict[str, Any] | None) -> None:
-        if message_id not in self._replies:
+        if self._ids is not None and message_id not in self._replies:
             self._ids.append(message_id)
         self._replies[message_id] = reply
         if error is not None:
             self._errors[message_id] = error
         elif self._errors:
             self._errors.pop(message_id, None)
-        while len(self._ids) > self._limit:
+        if len(self._replies) > self._limit:
+            if self._ids is None:
+                self._ids = deque(self._replies)
             oldest = self._ids.popleft()
             del self._replies[oldest]
             self._errors.pop(oldest, None)
