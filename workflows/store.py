@@ -48,7 +48,8 @@ from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
 log = structlog.get_logger("ferry.store")
 
 CONNECTIONS = 16  # per process; more callers than that wait for one, at most `timeout_s`
-BATCH = 200  # moves written in one round trip: with forty actors each about 2 MB, far below any limit of Redis
+BATCH = 200  # moves read or written in one round trip
+BATCH_ROWS = 2_000  # and rows of actors written: while it packs them, redis-py takes 4 kB for each
 RUNNING_PLANS = 1_000  # read at once; one or two run as a rule
 PAGE = 32  # moves read in one round trip while looking for those that match
 CLUSTER_EVENTS = 10_000
@@ -56,6 +57,7 @@ AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgot
 
 S = TypeVar("S")
 T = TypeVar("T")
+_Write = tuple[Move, Sequence[ActorRow]]
 
 
 class RecordStore:
@@ -373,9 +375,9 @@ class RecordStore:
         finally:
             _hand_out(answers, [verdict for _, verdict in batch])
 
-    async def _save_all(self, writes: Sequence[tuple[Move, Sequence[ActorRow]]]) -> list[Move]:
+    async def _save_all(self, writes: Sequence[_Write]) -> list[Move]:
         verdicts: list[list[int]] = []
-        for batch in _batches(writes, BATCH):
+        for batch in _batches_to_write(writes):
             async with self._redis.pipeline(transaction=False) as pipe:
                 for move, rows in batch:
                     await self._save_move(**self._saving(move, rows), client=pipe)
@@ -464,6 +466,17 @@ def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
         return from_document(AuditEvent, {**orjson.loads(entry[b"event"]), **statuses})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInput(f"audit event is malformed: {shown(error)}") from error
+
+
+def _batches_to_write(writes: Sequence[_Write]) -> Iterator[Sequence[_Write]]:
+    """All writes in order, in as few batches as the bounds allow; a move with more rows than that goes alone."""
+    start = rows = 0
+    for end, (_, of_move) in enumerate(writes):
+        if end > start and (end - start >= BATCH or rows + len(of_move) > BATCH_ROWS):
+            yield writes[start:end]
+            start, rows = end, 0
+        rows += len(of_move)
+    yield writes[start:]
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 
 from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
@@ -84,6 +85,29 @@ async def test_a_created_plan_reads_back_with_its_moves_and_rows(store: RecordSt
     assert await store.move("p-449") == stored[449]
     assert await store.actors("p-449") == rows(planned[449])
     assert await store.unfinished_moves() == stored
+
+
+async def test_many_actors_are_written_in_more_round_trips(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py packs what goes in one, and takes many times its size for that: it must not grow with the plan."""
+    sent: list[int] = []
+    execute = Pipeline.execute
+
+    async def counted(self: Pipeline, raise_on_error: bool = True) -> list[Any]:
+        sent.append(len(self.command_stack))
+        return await execute(self, raise_on_error)
+
+    monkeypatch.setattr(Pipeline, "execute", counted)
+    monkeypatch.setattr("workflows.store.BATCH_ROWS", 6)
+    monkeypatch.setattr("workflows.store.BATCH", 3)
+    planned = moves(9)
+    counts = [3, 3, 1, 9, 0, 0, 0, 0, 2]
+
+    await store.create_plan(
+        plan(), planned, {move.id: rows(move, count) for move, count in zip(planned, counts, strict=True)}
+    )
+
+    assert sent[1:-1] == [2, 1, 1, 3, 2]  # without what is written of the plan itself
+    assert [len(await store.actors(move.id)) for move in planned] == counts
 
 
 async def test_creating_a_plan_again_changes_nothing(store: RecordStore) -> None:
