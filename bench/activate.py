@@ -1,8 +1,8 @@
 """`activate`: cold actors brought back to life by one node, each from a snapshot and ten events.
 
-Their logs are written beforehand and a node process is started on them; each actor is then asked one query. With
-nothing else in the logs, and with many other messages (FERRY_BENCH_MESSAGES): recovery must not cost more in a long log.
-Each run has servers and a node of its own.
+Their logs are written beforehand and a node process is started on them; each actor is then asked one query. Once with
+nothing else in the logs and once with many other messages: recovery must not cost more in a long log.
+FERRY_BENCH_MESSAGES sets that number. Each run has servers and a node of its own.
 """
 
 from __future__ import annotations
