@@ -20,7 +20,8 @@ SURROUNDING_BYTES = 4_096  # no command has more around its arguments, names esc
 MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
 
-# One for each message, never changed: frozen it takes thrice as long to make, with its fields by name twice as long.
+# One for each message: frozen it takes thrice as long to make, with its fields by name twice as long. Its maker may
+# complete it; after that nobody changes it.
 @dataclass(slots=True)
 class Command:
     """One command or query for one actor; the node's actor class knows which it is.
@@ -48,7 +49,7 @@ class Command:
         return replace(self, hops=self.hops + 1, epoch=max(self.epoch, epoch))
 
 
-@dataclass(slots=True)  # as a command
+@dataclass(slots=True)  # as Command
 class Answer:
     """What became of a command: a value or an error, and who answered at which epoch."""
 

@@ -26,8 +26,13 @@ FerryError
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
+
+# Whatever a plain function may raise that is not ours. CancelledError is no cancellation then: it read the result of a
+# future that was cancelled.
+HANDLER_ERRORS = (Exception, asyncio.CancelledError)
 
 
 class FerryError(Exception):

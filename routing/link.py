@@ -13,7 +13,7 @@ from typing import Protocol
 from routing.errors import FerryError
 
 
-@dataclass(slots=True)  # as a command
+@dataclass(slots=True)  # one for each message: see routing.envelope.Command
 class Message:
     """A message as delivered to a subscriber. `reply` is empty when nobody waits for an answer."""
 

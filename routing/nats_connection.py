@@ -28,7 +28,7 @@ from typing import Any
 import structlog
 from nats import errors as nats_errors
 
-from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
+from routing.errors import HANDLER_ERRORS, FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.nats_answers import Answers, Then
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
@@ -45,8 +45,6 @@ BARRIER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_UNSENT_BYTES = 8 * 2**20  # beyond it senders wait for the server; the transport would buffer without end
 NO_RESPONDERS = b"NATS/1.0 503"
-# In a plain function CancelledError is no cancellation of ours: it read a cancelled future's result.
-HANDLER_ERRORS = (Exception, asyncio.CancelledError)
 SEND_ERRORS = (nats_errors.Error, UnicodeEncodeError)  # of a connection that is closed, of what is no subject
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from routing.errors import (
+    HANDLER_ERRORS,
     FerryError,
     Incompatible,
     InDoubt,
@@ -24,7 +25,7 @@ from routing.errors import (
     WrongSequence,
 )
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
-from routing.nats_connection import HANDLER_ERRORS, NatsConnection, Registration
+from routing.nats_connection import NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_watch import Watch
 

@@ -24,7 +24,7 @@ from marshmallow import Schema
 
 from routing import jsonlike
 from routing.address import ActorId
-from routing.errors import InvalidInput, PayloadTooLarge, StateNotPortable
+from routing.errors import HANDLER_ERRORS, InvalidInput, PayloadTooLarge, StateNotPortable
 from routing.jsonlike import SMALL
 from runtime.actor import Actor
 
@@ -65,7 +65,7 @@ def capture_state(instance: Actor) -> bytes:
         return _attributes(instance)
     except StateNotPortable:
         raise
-    except Exception as error:  # the class's own code may raise anything
+    except HANDLER_ERRORS as error:
         raise StateNotPortable(f"state of {_name(instance)}: {type(error).__name__}: {error}") from error
 
 
@@ -147,7 +147,7 @@ def restore_state(actor_class: type[Actor], state: bytes, schema: int) -> Actor:
             setattr(instance, name, value)
     except StateNotPortable:
         raise
-    except Exception as error:  # the class's own code may raise anything
+    except HANDLER_ERRORS as error:
         raise StateNotPortable(
             f"{actor_class.actor_type} state cannot be restored by {actor_class.__name__}:"
             f" {type(error).__name__}: {error}"

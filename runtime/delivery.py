@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from routing.envelope import Answer, Command
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # one for each message: see Command
 class Delivery:
     """One command, how it came here, and where its answer goes: a reply subject or a local future.
 

@@ -36,7 +36,10 @@ class Kind(StrEnum):
     SNAPSHOT = "snapshot"
 
 
-@dataclass(slots=True)  # as a command
+_SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
+
+
+@dataclass(slots=True)  # one for each append: see Command
 class Record:
     """One message of an actor's log, without its sequence."""
 
@@ -89,7 +92,11 @@ class Journal:
         """
         _, subject = self._place_of(actor)
         return await self._link.append(
-            subject, encode_record(record), expected=after, timeout_s=self._timeout_s, rollup=record.frame is not None
+            subject,
+            encode_record(record),
+            expected=after,
+            timeout_s=self._timeout_s,
+            rollup=record.kind is _SNAPSHOT,
         )
 
     def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
@@ -97,7 +104,7 @@ class Journal:
         _, subject = self._place_of(actor)
         self._link.append_then(
             subject, encode_record(record), expected=after, timeout_s=self._timeout_s, then=then,
-            rollup=record.frame is not None,
+            rollup=record.kind is _SNAPSHOT,
         )  # fmt: skip
 
     async def tail(self, actor: ActorId) -> tuple[int, Record] | None:

@@ -24,7 +24,7 @@ from runtime.memory import Limits, Memory
 
 log = structlog.get_logger("ferry.actor")
 
-CHECKED_BYTES = 16 * 1024  # encoding so much takes some tens of microseconds, an append hundreds
+SMALL_BYTES = 16 * 1024  # to encode so much, or to pack it as well, takes tens of microseconds, an append hundreds
 
 
 class LiveActor:
@@ -148,7 +148,7 @@ class LiveActor:
             self.state_bytes = len(capture_state(self.instance)) if size is None else size
 
     def _is_small(self) -> bool:
-        return self.state_bytes <= CHECKED_BYTES and not hasattr(self.instance, "capture")
+        return self.state_bytes <= SMALL_BYTES and not hasattr(self.instance, "capture")
 
     async def ask(self, handler: Handler, command: Command) -> Answer:
         """Run a query."""
@@ -170,7 +170,10 @@ class LiveActor:
 
     def snapshot_at_once(self, *, epoch: int, incarnation: str, max_state_bytes: int) -> Record | None:
         """As `snapshot`; None for a state that may be so large that packing it holds up the commands of others."""
-        return self._snapshot_of(self._packing(max_state_bytes)(), epoch, incarnation) if self._is_small() else None
+        if not self._is_small():
+            return None
+        packing = self._packing(max_state_bytes)  # from now on its size is known, if it was not
+        return self._snapshot_of(packing(), epoch, incarnation) if self._is_small() else None
 
     def _packing(self, max_state_bytes: int) -> Callable[[], Frame]:
         """Capture the state now; how to pack it, in any thread. Raises StateNotPortable."""
@@ -188,7 +191,7 @@ def new_instance(actor_class: type[Actor]) -> Actor:
     """Raises StateNotPortable when the class's own `__init__` fails."""
     try:
         return actor_class()
-    except Exception as error:
+    except errors.HANDLER_ERRORS as error:
         raise errors.StateNotPortable(
             f"{actor_class.__name__}() raised {type(error).__name__}: {error}; it must work without arguments"
         ) from error
@@ -201,7 +204,7 @@ def replay(instance: Actor, memory: Memory, record: Record) -> None:
             instance.apply(name, values)
         except PermanentError:
             raise
-        except Exception as error:
+        except errors.HANDLER_ERRORS as error:
             raise errors.StateNotPortable(
                 f"@event {name} of {instance.actor_type} failed on replay: {type(error).__name__}: {error};"
                 " events must apply the same way every time"

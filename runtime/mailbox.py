@@ -21,7 +21,6 @@ from routing.errors import (
     PayloadTooLarge,
     PermanentError,
     SessionExpired,
-    StateNotPortable,
     Timeout,
     Unavailable,
     WrongSequence,
@@ -38,6 +37,7 @@ from runtime.delivery import Delivery
 from runtime.journal import Journal, Kind, Record
 from runtime.live_actor import LiveActor
 from runtime.rules import Admission
+from runtime.snapshots import Snapshots
 from runtime.unit import Unit, UnitState
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ class Mailboxes:
     """
 
     def __init__(
-        self, *, journal: Journal, catch_up: CatchUp, classes: ActorClasses, settings: Settings, incarnation: str,
-        may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        self, *, journal: Journal, catch_up: CatchUp, snapshots: Snapshots, classes: ActorClasses, settings: Settings,
+        incarnation: str, may_serve: Callable[[], bool], spawn: Callable[[Coroutine[Any, Any, None]], Any],
     ) -> None:  # fmt: skip
-        self._journal, self._catch_up, self._classes, self._settings = journal, catch_up, classes, settings
+        self._journal, self._catch_up, self._snapshots = journal, catch_up, snapshots
+        self._classes, self._settings = classes, settings
         self._incarnation, self._may_serve, self._spawn = incarnation, may_serve, spawn
         self._looks: dict[LiveActor, list[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
         self._host: Host
@@ -117,8 +118,10 @@ class Mailboxes:
             else:
                 then = partial(self._appended, unit, live, delivery, record)
                 self._journal.append_then(live.actor_id, record, after=live.version, then=then)
-        except Exception as error:
+        except FerryError as error:
             self._go_on(unit, live, delivery, error)
+        except Exception as mistake:
+            self._fail(unit, live, mistake)
         return True
 
     def _queried_at_once(self, unit: Unit, live: LiveActor, handler: Handler, delivery: Delivery) -> bool:
@@ -137,16 +140,25 @@ class Mailboxes:
         self, unit: Unit, live: LiveActor, delivery: Delivery, record: Record, outcome: int | FerryError
     ) -> None:
         """The append of a command that was decided at once has ended."""
+        if isinstance(outcome, FerryError):
+            self._go_on(unit, live, delivery, outcome)
+            return
         try:
-            if isinstance(outcome, FerryError):
-                raise outcome
             self._answer(unit, delivery, self._stored(live, record, outcome))
-            if not self._snapshot_is_due(unit, live):
+            if not self._snapshots.due(unit, live):
                 self._next(unit, live)
-            elif not self._snapshot_sent(unit, live):
-                self._spawn(self._run(unit, live))
-        except Exception as error:
-            self._go_on(unit, live, delivery, error)
+            elif not self._snapshots.send(unit, live, then=partial(self._rolled_up, unit, live)):
+                self._spawn(self._run(unit, live, snapshot=True))
+        except Exception as mistake:
+            self._fail(unit, live, mistake)
+
+    def _rolled_up(self, unit: Unit, live: LiveActor, snapshot: Record, outcome: int | FerryError) -> None:
+        """The append of a snapshot that was sent at once has ended."""
+        try:
+            self._snapshots.ended(live, snapshot, outcome)
+            self._next(unit, live)
+        except Exception as mistake:
+            self._fail(unit, live, mistake)
 
     def _next(self, unit: Unit, live: LiveActor) -> None:
         if live.inbox:
@@ -154,53 +166,37 @@ class Mailboxes:
         else:
             self._rest(unit, live)
 
-    def _snapshot_sent(self, unit: Unit, live: LiveActor) -> bool:
-        """Capture a small state and send off its snapshot; False when that is for a task, or will fail there again."""
-        if not self._journal.takes_more():
-            return False
-        try:
-            record = live.snapshot_at_once(
-                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
-            )
-            if record is None:
-                return False
-            then = partial(self._snapshot_appended, unit, live, record)
-            self._journal.append_then(live.actor_id, record, after=live.version, then=then)
-        except FerryError:
-            return False
-        return True
-
-    def _snapshot_appended(self, unit: Unit, live: LiveActor, record: Record, outcome: int | FerryError) -> None:
-        try:
-            if isinstance(outcome, FerryError):
-                self._not_rolled_up(live, outcome)
-            else:
-                self._rolled_up(live, record, outcome)
-            self._next(unit, live)
-        except Exception as error:
-            self._go_on(unit, live, None, error)
-
-    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery | None, error: Exception | None = None) -> None:
-        """Let a task decide again what could not be decided at once; what is no error of the tree ends the node there.
+    def _go_on(self, unit: Unit, live: LiveActor, delivery: Delivery, error: FerryError | None = None) -> None:
+        """Let a task decide again what could not be decided at once.
 
         Nothing is in the log yet, as far as is known, but the instance may have changed.
         """
         live.dirty = True
         failed = None if isinstance(error, PayloadTooLarge) else error  # decided again, that becomes a logged refusal
-        self._spawn(self._run(unit, live, delivery, failed))
+        self._spawn(self._run(unit, live, (delivery, failed)))
+
+    def _fail(self, unit: Unit, live: LiveActor, mistake: Exception) -> None:
+        """Have a task raise a mistake of ours, which ends the node. Whoever called would take it for one of its own."""
+
+        async def end() -> None:
+            try:
+                raise mistake
+            finally:
+                self._rest(unit, live)
+
+        self._spawn(end())
 
     # -- with a task -------------------------------------------------------------------------------------------------
     async def _run(
-        self, unit: Unit, live: LiveActor, begun: Delivery | None = None, failed: Exception | None = None
-    ) -> None:
-        """Serve what waits for an actor; first what was `begun` without a task and `failed`."""
+        self, unit: Unit, live: LiveActor, begun: tuple[Delivery, FerryError | None] | None = None, *,
+        snapshot: bool = False,
+    ) -> None:  # fmt: skip
+        """Serve what waits for an actor; first what was `begun` without a task and failed, and how, or a `snapshot`."""
         try:
             if begun is not None:
-                await self._serve(unit, live, begun, failed)
-            elif failed is not None:
-                raise failed
-            else:
-                await self._snapshot_when_due(unit, live)  # of what was decided at once
+                await self._serve(unit, live, *begun)
+            elif snapshot:
+                await self._snapshots.take(unit, live)
             self._let_look(live)
             while live.inbox and unit.state is UnitState.OPEN:
                 await self._serve(unit, live, live.inbox.popleft())
@@ -235,7 +231,7 @@ class Mailboxes:
             except FerryError as error:
                 looked.set_exception(error)
 
-    async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery, failed: Exception | None = None) -> None:
+    async def _serve(self, unit: Unit, live: LiveActor, delivery: Delivery, failed: FerryError | None = None) -> None:
         """Answer one delivery, or send it on when the unit is lost meanwhile. Keeps trying while neither is known.
 
         `failed` is how it ended when it was tried before.
@@ -285,8 +281,9 @@ class Mailboxes:
                 return
             else:
                 self._answer(unit, delivery, answer)
-                if isinstance(handler, InvalidInput) or handler.kind == "command":
-                    await self._snapshot_when_due(unit, live)
+                decided = isinstance(handler, InvalidInput) or handler.kind == "command"
+                if decided and self._snapshots.due(unit, live):
+                    await self._snapshots.take(unit, live)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
@@ -404,51 +401,6 @@ class Mailboxes:
             await self._host.refresh(unit.name)
         except (Timeout, Unavailable) as error:
             log.warning("fenced, and the map cannot be read yet", unit=unit.name, error=str(error))
-
-    def _snapshot_is_due(self, unit: Unit, live: LiveActor) -> bool:
-        """Whether the log of an actor that is current is long enough to be rolled up now.
-
-        From what length on that is, is settled when it is first asked.
-        """
-        if len(live.trail) < live.snapshot_from or not live.is_current(fence=unit.fence):
-            return False
-        if not live.snapshot_from:
-            every = self._settings.snapshot_every
-            times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
-            live.snapshot_from = every if times < 2 else every << times.bit_length()
-        return len(live.trail) >= live.snapshot_from and unit.state is UnitState.OPEN
-
-    async def _snapshot_when_due(self, unit: Unit, live: LiveActor) -> None:
-        """Roll the actor's log up every so many entries, so that recovery reads a bounded number of messages."""
-        if not self._snapshot_is_due(unit, live):
-            return
-        try:
-            record = await live.snapshot(
-                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
-            )
-            version = await self._journal.append(live.actor_id, record, after=live.version)
-        except FerryError as error:
-            self._not_rolled_up(live, error)
-        else:
-            self._rolled_up(live, record, version)
-
-    def _rolled_up(self, live: LiveActor, snapshot: Record, version: int) -> None:
-        live.stored(snapshot, version)
-        live.snapshot_from = 0
-        self._host.counters["snapshots"] += 1
-
-    def _not_rolled_up(self, live: LiveActor, error: FerryError) -> None:
-        match error:
-            case WrongSequence() | InDoubt():
-                live.dirty = True  # the next command reads what the log says
-            case Unavailable():
-                pass  # nothing was stored: the next command tries again
-            case StateNotPortable() | PayloadTooLarge():
-                live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
-                self._host.counters["snapshots_failed"] += 1
-                log.error("no snapshot", actor=str(live.actor_id), error=str(error), entries=len(live.trail))
-            case _:
-                raise error
 
     def _answer(self, unit: Unit, delivery: Delivery, answer: Answer) -> None:
         """Tell the sender of a command what became of it, and who says so; all that is said for an actor goes here."""

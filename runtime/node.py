@@ -43,6 +43,7 @@ from runtime.host import Host
 from runtime.journal import Journal
 from runtime.mailbox import Mailboxes
 from runtime.reception import Reception
+from runtime.snapshots import Snapshots
 
 log = structlog.get_logger("ferry.node")
 
@@ -99,9 +100,10 @@ class Node:
         catch_up = CatchUp(
             journal=journal, classes=self._classes, settings=settings, incarnation=self.incarnation, counters=counters
         )
+        snapshots = Snapshots(journal=journal, settings=settings, incarnation=self.incarnation, counters=counters)
         mailboxes = Mailboxes(
-            journal=journal, catch_up=catch_up, classes=self._classes, settings=settings, incarnation=self.incarnation,
-            may_serve=self._lease.is_trusted, spawn=self.spawn,
+            journal=journal, catch_up=catch_up, snapshots=snapshots, classes=self._classes, settings=settings,
+            incarnation=self.incarnation, may_serve=self._lease.is_trusted, spawn=self.spawn,
         )  # fmt: skip
         self.host = Host(
             node_id=self.id, incarnation=self.incarnation, link=self._link, directory=self._directory,

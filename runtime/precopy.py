@@ -18,7 +18,7 @@ from routing.control import ManifestRow, StepRequest
 from routing.errors import Busy, NotApplicable, PayloadTooLarge, StateNotPortable
 from routing.settings import Settings
 from runtime.chunks import ChunkSender
-from runtime.live_actor import CHECKED_BYTES, LiveActor
+from runtime.live_actor import SMALL_BYTES, LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.outgoing import Leaving, Outgoing, Vouched
 from runtime.throttle import TokenBucket
@@ -46,7 +46,7 @@ class Precopy:
 
         May be: one that was never encoded, or once was not small.
         """
-        least_bytes = min(self._settings.precopy_from_bytes, CHECKED_BYTES)
+        least_bytes = min(self._settings.precopy_from_bytes, SMALL_BYTES)
         return [
             live for live in unit.actors.values()
             if (live.state_bytes == 0 or live.state_bytes >= least_bytes) and live.instance is not None

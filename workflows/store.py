@@ -57,7 +57,6 @@ AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgot
 
 S = TypeVar("S")
 T = TypeVar("T")
-_Write = tuple[Move, Sequence[ActorRow]]
 
 
 class RecordStore:
@@ -353,8 +352,9 @@ class RecordStore:
         self._to_save.append((saving, verdict))
         try:
             async with self._saving_turn:
-                if not verdict.done():  # else who had the turn before has saved this, too
-                    batch, self._to_save = self._to_save[:BATCH], self._to_save[BATCH:]
+                while not verdict.done():  # else who had the turn before has saved this, too
+                    count = _in_one_trip(len(saving["args"]) // 2 for saving, _ in self._to_save)  # two for each row
+                    batch, self._to_save = self._to_save[:count], self._to_save[count:]
                     await self._save_batch(batch)
             return await verdict
         finally:
@@ -375,9 +375,12 @@ class RecordStore:
         finally:
             _hand_out(answers, [verdict for _, verdict in batch])
 
-    async def _save_all(self, writes: Sequence[_Write]) -> list[Move]:
+    async def _save_all(self, writes: Sequence[tuple[Move, Sequence[ActorRow]]]) -> list[Move]:
         verdicts: list[list[int]] = []
-        for batch in _batches_to_write(writes):
+        waiting = list(writes)
+        while waiting:
+            count = _in_one_trip(len(rows) for _, rows in waiting)
+            batch, waiting = waiting[:count], waiting[count:]
             async with self._redis.pipeline(transaction=False) as pipe:
                 for move, rows in batch:
                     await self._save_move(**self._saving(move, rows), client=pipe)
@@ -468,15 +471,15 @@ def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
         raise InvalidInput(f"audit event is malformed: {shown(error)}") from error
 
 
-def _batches_to_write(writes: Sequence[_Write]) -> Iterator[Sequence[_Write]]:
-    """All writes in order, in as few batches as the bounds allow; a move with more rows than that goes alone."""
-    start = rows = 0
-    for end, (_, of_move) in enumerate(writes):
-        if end > start and (end - start >= BATCH or rows + len(of_move) > BATCH_ROWS):
-            yield writes[start:end]
-            start, rows = end, 0
-        rows += len(of_move)
-    yield writes[start:]
+def _in_one_trip(rows: Iterable[int]) -> int:
+    """How many of the moves that wait go in the next round trip, by the rows of each: one at least."""
+    moves = total = 0
+    for of_move in rows:
+        total += of_move
+        if moves and (moves >= BATCH or total > BATCH_ROWS):
+            break
+        moves += 1
+    return moves
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import pytest
 
@@ -324,6 +324,24 @@ class TestStreams:
         last = await alice.last("journal", "ev.a", timeout_s=WAIT_S)
         assert last == Entry(sequence=snapshot, subject="ev.a", payload=b"all")
         assert await alice.append("ev.a", b"3", expected=snapshot, timeout_s=WAIT_S) == snapshot + 1
+
+    async def test_a_rollup_that_nobody_waits_for_replaces_as_much(self, link_pair: LinkPair) -> None:
+        """Property: with another expectation it removes nothing."""
+        alice, _ = link_pair
+        await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+        first = await alice.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+        second = await alice.append("ev.a", b"2", expected=first, timeout_s=WAIT_S)
+        told: asyncio.Queue[object] = asyncio.Queue()
+
+        for expected in (first, second):
+            alice.append_then("ev.a", b"all", expected=expected, timeout_s=WAIT_S, then=told.put_nowait, rollup=True)
+
+        refused, snapshot = await take(told, 2)
+        assert isinstance(refused, WrongSequence)
+        assert await alice.read("journal", [first, second], timeout_s=WAIT_S) == [None, None]
+        assert await alice.last("journal", "ev.a", timeout_s=WAIT_S) == Entry(
+            sequence=cast(int, snapshot), subject="ev.a", payload=b"all"
+        )
 
     async def test_a_stream_keeps_as_many_messages_per_subject_as_wanted(self, link_pair: LinkPair) -> None:
         """Property: with `keep=1` the newest replaces the one before."""

@@ -110,6 +110,24 @@ async def test_many_actors_are_written_in_more_round_trips(store: RecordStore, m
     assert [len(await store.actors(move.id)) for move in planned] == counts
 
 
+async def test_saves_that_wait_together_are_all_saved_whoever_gives_up(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has the turn writes until its own is written, also when it takes more than one round trip."""
+    monkeypatch.setattr("workflows.store.BATCH_ROWS", 2)
+    planned = moves(8)
+
+    saving = [asyncio.create_task(store.save(move, actors=rows(move))) for move in planned]
+    await asyncio.sleep(0)
+    for given_up in saving[1:7]:
+        given_up.cancel()
+    first, *_, last = await asyncio.gather(*saving, return_exceptions=True)
+
+    assert first == replace(planned[0], revision=1)
+    assert last == replace(planned[7], revision=1)
+    assert await store.actors("p-007") == rows(planned[7])
+
+
 async def test_creating_a_plan_again_changes_nothing(store: RecordStore) -> None:
     """The first answer may have been lost: the same call is safe, also after the moves went on."""
     first = await created(store, 3)

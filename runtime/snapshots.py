@@ -1,0 +1,95 @@
+"""Rolling up the logs of actors, so that recovery reads a bounded number of messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from routing.errors import (
+    FerryError,
+    InDoubt,
+    PayloadTooLarge,
+    StateNotPortable,
+    Unavailable,
+    WrongSequence,
+)
+from routing.settings import Settings
+from runtime.journal import Journal, Record
+from runtime.live_actor import LiveActor
+from runtime.unit import Unit, UnitState
+
+log = structlog.get_logger("ferry.snapshots")
+
+
+class Snapshots:
+    """Tells when an actor's log is long enough, and appends the snapshot that takes its place, with or without a task.
+
+    Whoever asks has the actor to itself until that has ended.
+    """
+
+    def __init__(self, *, journal: Journal, settings: Settings, incarnation: str, counters: Counter[str]) -> None:
+        self._journal, self._settings, self._incarnation, self._counters = journal, settings, incarnation, counters
+
+    def due(self, unit: Unit, live: LiveActor) -> bool:
+        """Whether the log of an actor that is current is long enough to be rolled up now.
+
+        From what length on that is, is settled when it is first asked.
+        """
+        if len(live.trail) < live.snapshot_from or not live.is_current(fence=unit.fence):
+            return False
+        if not live.snapshot_from:
+            every = self._settings.snapshot_every
+            times = len(live.trail) // every  # from 2 on nobody before could roll this log up: try at 4, 8 ...
+            live.snapshot_from = every if times < 2 else every << times.bit_length()
+        return len(live.trail) >= live.snapshot_from and unit.state is UnitState.OPEN
+
+    async def take(self, unit: Unit, live: LiveActor) -> None:
+        try:
+            record = await live.snapshot(
+                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
+            )
+            version = await self._journal.append(live.actor_id, record, after=live.version)
+        except FerryError as error:
+            self.ended(live, None, error)
+        else:
+            self.ended(live, record, version)
+
+    def send(self, unit: Unit, live: LiveActor, then: Callable[[Record, int | FerryError], None]) -> bool:
+        """Capture a small state and send off its snapshot; `then` is called with what `ended` is to be told.
+
+        False when nothing was sent: it is for `take`, which may use a thread, and tells what is wrong.
+        """
+        if not self._journal.takes_more():
+            return False
+        try:
+            record = live.snapshot_at_once(
+                epoch=unit.epoch, incarnation=self._incarnation, max_state_bytes=self._settings.max_state_bytes
+            )
+            if record is None:
+                return False
+            self._journal.append_then(live.actor_id, record, after=live.version, then=partial(then, record))
+        except (StateNotPortable, PayloadTooLarge, Unavailable):
+            return False
+        return True
+
+    def ended(self, live: LiveActor, snapshot: Record | None, outcome: int | FerryError) -> None:
+        """Take note of what became of a snapshot. Raises what is no failure of a snapshot."""
+        match outcome:
+            case int():
+                assert snapshot is not None
+                live.stored(snapshot, outcome)
+                live.snapshot_from = 0
+                self._counters["snapshots"] += 1
+            case WrongSequence() | InDoubt():
+                live.dirty = True  # the next command reads what the log says
+            case Unavailable():
+                pass  # nothing was stored: it is due again after the next command
+            case StateNotPortable() | PayloadTooLarge():
+                live.snapshot_from = 2 * len(live.trail)  # encoding a large state after every command would be in vain
+                self._counters["snapshots_failed"] += 1
+                log.error("no snapshot", actor=str(live.actor_id), error=str(outcome), entries=len(live.trail))
+            case _:
+                raise outcome
