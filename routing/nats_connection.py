@@ -228,7 +228,9 @@ class NatsConnection:
     # -- messages --------------------------------------------------------------------------------------------------
     def takes_more(self) -> bool:
         client = self._client
-        return client is not None and client.is_connected and not self._too_much_waits(client)
+        if client is None or not client.is_connected:
+            return False
+        return client.unsent_bytes + self._outbox.waiting_bytes <= MAX_UNSENT_BYTES
 
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         if self._too_much_waits(client := self._attached()):
@@ -240,7 +242,8 @@ class NatsConnection:
         client = self._attached()
         if self._too_much_waits(client):
             raise Unavailable(f"the NATS server at {self.url} takes too little: {len(payload)} bytes not sent")
-        self._check_size(reply, len(payload))
+        if len(payload) > self.max_payload:
+            raise self._too_large(reply, len(payload))
         inbox, mark, token = reply.rpartition(INBOX_MARK)
         if mark and token.isdecimal() and len(token) < TOKEN_DIGITS:
             self._pack(inbox + mark, int(token), payload)
@@ -371,15 +374,17 @@ class NatsConnection:
     def _hand_over(
         self, client: WireClient, subject: str, payload: bytes, reply: str = "", headers: bytes = b""
     ) -> None:
-        self._check_size(subject, len(payload) + (len(headers) + HEADERS_BYTES if headers else 0))
+        size = len(payload) + (len(headers) + HEADERS_BYTES if headers else 0)
+        if size > self.max_payload:
+            raise self._too_large(subject, size)
         try:
             client.send(subject, payload, reply, headers)
         except SEND_ERRORS as error:
             raise _translated(error, subject, self.url) from error
 
-    def _check_size(self, subject: str, size: int) -> None:
-        if size > self.max_payload:  # the server would close the connection
-            raise PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
+    def _too_large(self, subject: str, size: int) -> PayloadTooLarge:
+        """What is raised instead of sending what the server would close the connection for."""
+        return PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
 
     def _register_on(self, client: WireClient, registration: Registration) -> None:
         receive = partial(self.guard, registration.subject, registration.receive)

@@ -134,8 +134,6 @@ class Router:
             attempts.refused(error)
             await self._refresh(unit, attempts)
             return None
-        if answer.owner is not None:
-            self._learn(self._directory.unit_of(command.actor), answer.owner, answer.epoch)
         match answer.error:
             case None:
                 return answer
@@ -157,19 +155,23 @@ class Router:
     async def _ask(self, unit: str, command: Command, expires_ms: int, timeout_s: float, *, alone: bool) -> Answer:
         """`alone`: whatever became of the last try, this one depends on nobody else's message."""
         if self._local is not None and self._local.serves(unit):
-            return await self._ask_here(self._local, replace(command, expires_ms=expires_ms), timeout_s)
-        owner, epoch = self._route(unit)
-        if owner is None:
-            mend = "start a coordinator and a node" if self._directory.counts(unit) else "try again in a moment"
-            raise Unavailable(f"{unit_in_words(unit)} has no owner yet: {mend}")
-        payload = encode_command(command, epoch=epoch, expires_ms=expires_ms)
-        subject = self._subjects.command(owner, self._sender)
-        answer = await self._link.request(subject, payload, timeout_s=timeout_s, alone=alone)
-        try:
-            return decode_answer(answer)
-        except InvalidInput as error:
-            log.warning("answer ignored", node=owner, message_id=command.message_id, error=str(error))
-            raise Timeout(f"{owner} answered what cannot be read: {error}") from error  # so it may have been applied
+            epoch, answer = 0, await self._ask_here(self._local, replace(command, expires_ms=expires_ms), timeout_s)
+        else:
+            owner, epoch = self._route(unit)
+            if owner is None:
+                mend = "start a coordinator and a node" if self._directory.counts(unit) else "try again in a moment"
+                raise Unavailable(f"{unit_in_words(unit)} has no owner yet: {mend}")
+            payload = encode_command(command, epoch=epoch, expires_ms=expires_ms)
+            subject = self._subjects.command(owner, self._sender)
+            answered = await self._link.request(subject, payload, timeout_s=timeout_s, alone=alone)
+            try:
+                answer = decode_answer(answered)
+            except InvalidInput as error:
+                log.warning("answer ignored", node=owner, message_id=command.message_id, error=str(error))
+                raise Timeout(f"{owner} answered what cannot be read: {error}") from error  # it may have been applied
+        if answer.owner is not None and answer.epoch > epoch:  # nearly always it is what this went by
+            self._learn(self._directory.unit_of(command.actor), answer.owner, answer.epoch)
+        return answer
 
     async def _ask_here(self, local: LocalNode, command: Command, timeout_s: float) -> Answer:
         self._asked_here += 1
