@@ -137,8 +137,8 @@ class Host:
         if unit is None or unit.state is not _OPEN:
             return LATER
         live = unit.actors.get(actor)
-        if live is None or not live.at_rest(fence=unit.fence):
-            return LATER
+        if live is None or live.running or live.inbox or live.dirty or live.unverified or live.epoch < unit.fence:
+            return LATER  # not `at_rest`: asked here without a call, which is a twentieth of a local query
         assert live.instance is not None
         handler = live.instance.handlers.get(name)
         if handler is None or handler.at_once != "query" or not self._may_serve():
