@@ -166,7 +166,9 @@ class NatsLink:
                 outcome = error
             then(outcome)
 
-        headers = EXPECTED % expected + ROLLUP if rollup else EXPECTED % expected
+        headers = EXPECTED % expected
+        if rollup:
+            headers += ROLLUP
         self._connection.request_then(subject, payload, timeout_s=timeout_s, headers=headers, then=answered)
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
