@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import nats
@@ -19,7 +20,7 @@ import redis
 from routing.errors import Incompatible, InvalidInput, Unavailable
 from routing.settings import embedded_urls
 from tests.integration.waiting import ended, until
-from workflows.local import EmbeddedServers, LocalProcess, redis_server_binary
+from workflows.local import EmbeddedServers, LocalProcess, redis_server_binary, servers
 
 OWNER = """
 import signal, sys
@@ -99,6 +100,24 @@ def test_a_free_port_lost_to_a_stranger_is_replaced(tmp_path: Path, monkeypatch:
         with EmbeddedServers(tmp_path / "ours") as ours:
             assert ours.redis_url != stranger.redis_url
             assert redis.Redis.from_url(ours.redis_url).ping()
+
+
+def test_a_port_that_is_told_between_two_looks_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the servers would be up, and nobody could connect to a port of None."""
+    reported, looks = servers._reported_port, []
+
+    def told_at_the_second_look(data_dir: Path, process_id: int) -> int | None:
+        looks.append(process_id)
+        if len(looks) == 1:
+            return None
+        while (port := reported(data_dir, process_id)) is None:
+            time.sleep(0.01)
+        return port
+
+    monkeypatch.setattr(servers, "_reported_port", told_at_the_second_look)
+
+    with EmbeddedServers(tmp_path) as running:
+        assert int(running.nats_url.rpartition(":")[2]) > 0
 
 
 def test_a_server_that_dies_at_its_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

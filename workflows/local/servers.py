@@ -119,8 +119,10 @@ class EmbeddedServers:
         self.nats = server
 
         def listening() -> bool:
-            self._nats_port = _reported_port(self.data_dir, server.pid) or self._nats_port
-            return _reported_port(self.data_dir, server.pid) is not None
+            port = _reported_port(self.data_dir, server.pid)  # once: it may appear between two looks
+            if port is not None:
+                self._nats_port = port
+            return port is not None
 
         self._await(server, listening)
 
