@@ -110,7 +110,8 @@ def test_a_port_that_is_told_between_two_looks_is_known(tmp_path: Path, monkeypa
         looks.append(process_id)
         if len(looks) == 1:
             return None
-        while (port := reported(data_dir, process_id)) is None:
+        deadline_s = time.monotonic() + 30
+        while (port := reported(data_dir, process_id)) is None and time.monotonic() < deadline_s:
             time.sleep(0.01)
         return port
 
