@@ -92,12 +92,9 @@ class Journal:
         """
         _, subject = self._place_of(actor)
         return await self._link.append(
-            subject,
-            encode_record(record),
-            expected=after,
-            timeout_s=self._timeout_s,
+            subject, encode_record(record), expected=after, timeout_s=self._timeout_s,
             rollup=record.kind is _SNAPSHOT,
-        )
+        )  # fmt: skip
 
     def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
         """As `append`, without anybody who waits; see Link.append_then."""

@@ -112,7 +112,7 @@ def test_a_port_that_is_told_between_two_looks_is_known(tmp_path: Path, monkeypa
             return None
         deadline_s = time.monotonic() + 30
         while (port := reported(data_dir, process_id)) is None and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+            time.sleep(0.01)  # a poll: the server writes the file when it is ready, and tells nobody
         return port
 
     monkeypatch.setattr(servers, "_reported_port", told_at_the_second_look)
