@@ -69,7 +69,7 @@ async def _found_or_join(link: Link, settings: Settings) -> Birth:
                 f" set FERRY_{name.upper()}={getattr(born, name)}, or choose another FERRY_CLUSTER"
             )
     for name, log_subjects in subjects.log_streams():
-        spec = StreamSpec(name=name, subjects=(log_subjects,), replicas=settings.replicas)
+        spec = StreamSpec(name=name, subjects=(log_subjects,), direct=True, replicas=settings.replicas)
         await link.ensure_stream(spec, timeout_s=TIMEOUT_S)
     leases = StreamSpec(
         name=kv_stream(subjects.lease_bucket), subjects=(kv_subject(subjects.lease_bucket, ">"),), keep=1, ttl=True,

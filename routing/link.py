@@ -22,7 +22,7 @@ class Message:
     reply: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)  # one for each message: see routing.envelope.Command
 class Entry:
     """A message as stored in a stream. `removed` marks a deletion or expiry; its payload is empty then."""
 
@@ -34,12 +34,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSpec:
-    """A stream as Ferry wants it. `ttl` allows messages that expire; `keep` is messages kept per subject (0: all)."""
+    """A stream as Ferry wants it.
+
+    `ttl` allows messages that expire; `keep` is messages kept per subject (0: all); `direct`: every replica answers
+    `read`, not only the leader.
+    """
 
     name: str
     subjects: tuple[str, ...]
     keep: int = 0
     ttl: bool = False
+    direct: bool = False
     replicas: int = 1
     max_message_bytes: int = -1
     extra: dict[str, object] = field(default_factory=dict)
@@ -115,9 +120,9 @@ class Link(Protocol):
         """The subject's last message, read from the leader. None when there is none. Raises Timeout, Unavailable."""
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
-        """The messages at `sequences`, in that order, read from the leader all at once. None where one was removed.
+        """The messages at `sequences`, in that order, all at once. None where one was removed, as the leader says.
 
-        Raises Timeout, Unavailable.
+        What the leader has removed may still be read from another replica. Raises Timeout, Unavailable.
         """
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> Subscription:

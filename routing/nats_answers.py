@@ -11,6 +11,7 @@ from routing.errors import FerryError, InvalidInput, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 
 SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as much as the rest of a request
+HEADED = "h"  # before the token of a question whose answer's headers matter
 FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 
 
@@ -73,6 +74,10 @@ class Answers:
         """The reply subject of a question that goes alone."""
         return f"{self._prefix}{token}"
 
+    def reply_with_headers_to(self, token: int) -> str:
+        """As `reply_to`; the answer will be its headers, as they came, and then its payload."""
+        return f"{self._prefix}{HEADED}{token}"
+
     def reply_to_all(self, tokens: tuple[int, ...]) -> str:
         """The reply subject of a frame of questions, or of the one that is alone in it."""
         if len(tokens) == 1:
@@ -84,11 +89,14 @@ class Answers:
         return f"{self._inbox}{FRAME_MARK}{frame}"
 
     # -- what comes ------------------------------------------------------------------------------------------------
-    def arrived(self, subject: str, payload: bytes) -> None:
+    def arrived(self, subject: str, payload: bytes, headers: bytes) -> None:
         """Something came to the inbox. Raises InvalidInput, ValueError for what is no answer of ours."""
         if not subject.startswith(self._prefix):
             raise InvalidInput(f"{subject!r} is no answer")
         name = subject[len(self._prefix) :]
+        if headers and name.startswith(HEADED):
+            self._resolve(int(name[1:]), headers + payload)
+            return
         if name:
             self._resolve(int(name), payload)
             return
@@ -97,7 +105,7 @@ class Answers:
 
     def nobody_listens(self, subject: str) -> None:
         """The server has nobody to give a question to, or any of a frame. Raises ValueError when it is not ours."""
-        name = subject[len(self._prefix) :]
+        name = subject[len(self._prefix) :].removeprefix(HEADED)
         for token in self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),):
             if token in self._waiting:
                 _, asked, _, _ = self._waiting[token]

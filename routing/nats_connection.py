@@ -301,14 +301,20 @@ class NatsConnection:
             self._answers.forget(token)
             raise
 
-    async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
-        """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
+    async def request_all(
+        self, subject: str, payloads: Sequence[bytes], *, timeout_s: float, with_headers: bool = False
+    ) -> list[bytes]:
+        """As `request_alone` for each of `payloads`, all at once; the answers in the same order.
+
+        `with_headers`: each answer is its headers, as they came, and then its payload.
+        """
+        reply_to = self._answers.reply_with_headers_to if with_headers else self._answers.reply_to
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, timeout_s)
         expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
-                self._hand_over(client, subject, payload, self._answers.reply_to(token))
+                self._hand_over(client, subject, payload, reply_to(token))
             return [await future for _, future in expected]
         finally:
             for token, future in expected:
@@ -448,7 +454,7 @@ class NatsConnection:
             if headers.startswith(NO_RESPONDERS):
                 self._answers.nobody_listens(subject)
             else:
-                self._answers.arrived(subject, payload)
+                self._answers.arrived(subject, payload, headers)
         except (InvalidInput, ValueError) as error:
             self.client_errors += 1
             log.warning("answer ignored", subject=subject, error=str(error))

@@ -1,14 +1,15 @@
 """The real Link: NATS and JetStream through nats-py.
 
 The connection and its traps are in `nats_connection`, watches in `nats_watch`; here is what the verbs of
-`routing.link.Link` mean in JetStream's own requests. Reads go to the stream's leader (`STREAM.MSG.GET`): direct gets
-may be served by followers and were stale 0.6-2 % of the time right after an acknowledgement.
+`routing.link.Link` mean in JetStream's own requests. Which message is the last one of its subject is asked of the
+stream's leader (`STREAM.MSG.GET`): direct gets may be served by followers and were stale 0.6-2 % of the time right
+after an acknowledgement. What stands at a sequence is the same on all replicas that have it, so there they will do.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
-from binascii import a2b_base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from routing.errors import (
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
 from routing.nats_connection import NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
+from routing.nats_stored import entry_in_document, entry_in_message
 from routing.nats_watch import Watch
 
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
@@ -36,12 +38,13 @@ ROLLUP = b"Nats-Rollup: sub\r\n"
 _NANOSECONDS = 1_000_000_000
 
 # JetStream's err_code values (nats-server, server/errors.json).
-_NO_MESSAGE = 10037
 _WRONG_SEQUENCE = (10071, 10164)  # refused; and "an append on this subject is still in flight", at three replicas
 _TOO_LARGE = (10054, 10097)
 _NOT_ALLOWED = (10111, 10165, 10166)  # rollup or time to live, on a stream made without
 _NOT_SERVED = (10008, 10009, 10039, 10059, 10076)  # refused before anything was stored
 _STREAM_EXISTS = 10058
+
+_DIRECT = "allow_direct"
 
 
 class NatsLink:
@@ -53,6 +56,7 @@ class NatsLink:
     def __init__(self, connection: NatsConnection) -> None:
         self._connection = connection
         self._watches: set[_LinkWatch] = set()
+        self._direct: set[str] = set()  # streams that were found to allow direct gets
         self.answer, self.takes_more = connection.answer, connection.takes_more  # not even a call more: every command's
 
     @classmethod
@@ -175,7 +179,13 @@ class NatsLink:
         return (await self._stored(stream, [{"last_by_subj": subject}], timeout_s))[0]
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
-        return await self._stored(stream, [{"seq": sequence} for sequence in sequences], timeout_s)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        found = await self._direct_gets(stream, sequences, timeout_s) if stream in self._direct else {}
+        if missing := [sequence for sequence in sequences if sequence not in found]:
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            entries = await self._stored(stream, [{"seq": sequence} for sequence in missing], left_s)
+            found |= dict(zip(missing, entries, strict=True))
+        return [found[sequence] for sequence in sequences]
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _LinkWatch:
         watch = _LinkWatch(Watch(self._connection, stream, subject, handler), self._watches)
@@ -187,6 +197,7 @@ class NatsLink:
         answer = await self._ask(f"STREAM.CREATE.{spec.name}", wanted, timeout_s)
         error = answer.get("error")
         if error is None:
+            self._note(spec.name, answer["config"])
             return
         if error.get("err_code") in _NOT_SERVED:
             raise Unavailable(f"stream {spec.name} cannot be created now: {_said(error)}")
@@ -197,12 +208,14 @@ class NatsLink:
             f"{field} is {found.get(field)!r}, not {value!r}"
             for field, value in wanted.items()
             if found.get(field) != value and (found.get(field) or value)  # the server leaves out what is false or zero
+            if field != _DIRECT  # a stream of an earlier version: read more slowly
         ]
         if differing:
             raise Incompatible(
                 f"stream {spec.name} exists with other settings: {'; '.join(differing)}:"
                 " edit it with `nats stream edit`, or choose another FERRY_CLUSTER"
             )
+        self._note(spec.name, found)
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         self._connection.reconnect_callbacks.append(callback)
@@ -215,7 +228,27 @@ class NatsLink:
     async def _stored(self, stream: str, which: Sequence[dict[str, Any]], timeout_s: float) -> list[Entry | None]:
         questions = [orjson.dumps(one) for one in which]
         answers = await self._connection.request_all(f"$JS.API.STREAM.MSG.GET.{stream}", questions, timeout_s=timeout_s)
-        return [_stored_entry(stream, answer) for answer in answers]
+        return [entry_in_document(stream, answer) for answer in answers]
+
+    async def _direct_gets(self, stream: str, sequences: Sequence[int], timeout_s: float) -> dict[int, Entry | None]:
+        """Those of the messages that the replicas which were asked have."""
+        try:
+            answers = await self._connection.request_all(
+                f"$JS.API.DIRECT.GET.{stream}", [b'{"seq":%d}' % sequence for sequence in sequences],
+                timeout_s=timeout_s, with_headers=True,
+            )  # fmt: skip
+        except (
+            Unavailable
+        ):  # not connected, or nobody serves them just now: the leader's answer, or its silence, counts
+            return {}
+        entries = [entry_in_message(answer) for answer in answers]
+        return {entry.sequence: entry for entry in entries if entry is not None}
+
+    def _note(self, stream: str, config: dict[str, Any]) -> None:
+        if config.get(_DIRECT):
+            self._direct.add(stream)
+        else:
+            self._direct.discard(stream)
 
     async def _ask(self, verb: str, document: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         payload = orjson.dumps(document) if document is not None else b""
@@ -309,7 +342,7 @@ def _stream_config(spec: StreamSpec) -> dict[str, Any]:
         "num_replicas": spec.replicas,
         "max_msgs_per_subject": spec.keep or -1,
         "max_msg_size": spec.max_message_bytes,
-        "allow_direct": False,
+        _DIRECT: spec.direct,
         "allow_rollup_hdrs": True,  # which forbids deny_purge
         "deny_delete": True,
     }
@@ -317,24 +350,3 @@ def _stream_config(spec: StreamSpec) -> dict[str, Any]:
         config["allow_msg_ttl"] = True
         config["subject_delete_marker_ttl"] = MARKER_TTL_S * _NANOSECONDS
     return config | spec.extra
-
-
-def _stored_entry(stream: str, answered: bytes) -> Entry | None:
-    answer = orjson.loads(answered)
-    error = answer.get("error")
-    if error is None:
-        return _entry(answer["message"])
-    if error.get("err_code") == _NO_MESSAGE:
-        return None
-    raise Unavailable(f"stream {stream} cannot be read: {_said(error)}: start a node, or check FERRY_CLUSTER")
-
-
-def _entry(message: dict[str, Any]) -> Entry:
-    headers = a2b_base64(message["hdrs"]) if "hdrs" in message else b""
-    removed = (
-        b"\r\nKV-Operation: DEL" in headers
-        or b"\r\nKV-Operation: PURGE" in headers
-        or b"\r\nNats-Marker-Reason:" in headers
-    )
-    payload = b"" if removed else a2b_base64(message.get("data") or b"")
-    return Entry(sequence=message["seq"], subject=message["subject"], payload=payload, removed=removed)

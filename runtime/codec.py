@@ -31,6 +31,7 @@ from runtime.actor import Actor
 INLINE_BYTES = 64 * 1024  # digested and compressed in the time that handing over to a thread and back takes
 PLAIN_BYTES = 8  # of JSON for a number, or around an attribute's name and value
 PIECE_BYTES = 2**20  # copied at once; a few hundred microseconds
+_INT = frozenset({int})
 T = TypeVar("T")
 
 COMPRESS_FROM_BYTES = 1024  # below this zstd saves less than a JSON header costs
@@ -229,10 +230,12 @@ def _copied(first: bytes, rest: memoryview) -> bytes:
 
 def split(payload: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
     """The inverse of `join`. Raises InvalidInput."""
-    end = payload.find(b"\n")
-    end = len(payload) if end < 0 else end
-    line, rest = bytes(payload[:end]), memoryview(payload)[end + 1 :]
-    body = bytes(rest) if len(rest) <= PIECE_BYTES else _copied(b"", rest)
+    end = payload.find(b"\n") + 1 or len(payload)
+    if end == len(payload):
+        line, body = bytes(payload), b""
+    else:
+        line, rest = bytes(payload[:end]), memoryview(payload)[end:]
+        body = bytes(rest) if len(rest) <= PIECE_BYTES else _copied(b"", rest)
     try:
         header = jsonlike.loads(line)
     except ValueError as error:
@@ -260,7 +263,10 @@ def number(header: dict[str, Any], name: str) -> int:
 
 
 def numbers(header: dict[str, Any], name: str) -> tuple[int, ...]:
-    return tuple(_whole(value, name) for value in sequence(header, name))
+    values = sequence(header, name)
+    if _INT.issuperset(map(type, values)) and min(values, default=0) >= 0:  # all that we write
+        return tuple(values)
+    return tuple(_whole(value, name) for value in values)
 
 
 def text(header: dict[str, Any], name: str) -> str:

@@ -2,7 +2,7 @@
 
 Each message names the sequences of all messages since the actor's latest snapshot (`trail`), and a snapshot rolls
 the subject up. So recovery is one "last message of the subject" read and, at once, the reads of the sequences it
-names: its cost does not depend on how much else is in the stream, as replaying by consumer does.
+names, from any replica: its cost does not depend on how much else is in the stream, as replaying by consumer does.
 
     command     events, reply, command's id      applied
     rejection   error, command's id              decided "no"; logged, or a late duplicate would apply after a "no"
@@ -12,6 +12,7 @@ names: its cost does not depend on how much else is in the stream, as replaying 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -20,7 +21,7 @@ from typing import Any, assert_never
 from routing.address import IDS_RECALLED, ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.jsonlike import shown
-from routing.link import Appended, Entry, Link
+from routing.link import Appended, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
 from runtime.codec import Frame, frame_header, frame_of, join, number, numbers, sequence, split, text
@@ -37,6 +38,8 @@ class Kind(StrEnum):
 
 
 _SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
+_EVENT = [str, dict]
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(slots=True)  # one for each append: see Command
@@ -105,24 +108,20 @@ class Journal:
         )  # fmt: skip
 
     async def tail(self, actor: ActorId) -> tuple[int, Record] | None:
-        """The last message of the actor's log, from the leader. Raises Timeout, Unavailable."""
-        entry = await self._last(actor)
+        """The last message of the actor's log, from the leader. Raises Timeout, Unavailable, StateNotPortable."""
+        stream, subject = self._place_of(actor)
+        entry = await self._link.last(stream, subject, timeout_s=self._timeout_s)
         return None if entry is None else (entry.sequence, decode_record(entry.payload))
 
     async def load(self, actor: ActorId) -> History:
         """The log from its latest snapshot on. Raises Timeout, Unavailable, StateNotPortable for a damaged log."""
-        stream, _ = self._place_of(actor)
         for _ in range(LOAD_ATTEMPTS):
-            last = await self._last(actor)
-            if last is None:
+            tail = await self.tail(actor)
+            if tail is None:
                 return History(version=0, epoch=0, records=())
-            record = decode_record(last.payload)
-            earlier = await self._link.read(stream, record.trail, timeout_s=self._timeout_s)
-            present = [entry for entry in earlier if entry is not None]
-            if len(present) == len(earlier):
-                records = [(entry.sequence, decode_record(entry.payload)) for entry in present]
-                records.append((last.sequence, record))
-                return History(version=last.sequence, epoch=record.epoch, records=tuple(records))
+            version, last = tail
+            if (earlier := await self._earlier(actor, last.trail, last)) is not None:
+                return History(version=version, epoch=last.epoch, records=(*earlier, tail))
         raise Unavailable(f"log of {actor} changed {LOAD_ATTEMPTS} times while being read: try again")
 
     async def after(self, actor: ActorId, version: int, tail: tuple[int, Record]) -> History | None:
@@ -133,17 +132,31 @@ class Journal:
         last_sequence, last = tail
         if version not in last.trail:
             return None
-        stream, _ = self._place_of(actor)
         between = [sequence for sequence in last.trail if sequence > version]
-        entries = await self._link.read(stream, between, timeout_s=self._timeout_s)
-        records = [(entry.sequence, decode_record(entry.payload)) for entry in entries if entry is not None]
-        if len(records) < len(between):
+        if (earlier := await self._earlier(actor, between, last)) is None:
             return None
-        return History(version=last_sequence, epoch=last.epoch, records=(*records, (last_sequence, last)))
+        return History(version=last_sequence, epoch=last.epoch, records=(*earlier, tail))
 
-    async def _last(self, actor: ActorId) -> Entry | None:
+    async def _earlier(self, actor: ActorId, sequences: Sequence[int], last: Record) -> list[tuple[int, Record]] | None:
+        """The records at those of `last.trail`; None when one was removed.
+
+        Each names those before it, so what was read must fit: a replica that holds something else at a sequence, which
+        only a fault of NATS can bring about, gives an error and not another state.
+        """
         stream, subject = self._place_of(actor)
-        return await self._link.last(stream, subject, timeout_s=self._timeout_s)
+        records: list[tuple[int, Record]] = []
+        for entry in await self._link.read(stream, sequences, timeout_s=self._timeout_s):
+            if entry is None:
+                return None
+            record = decode_record(entry.payload)
+            until = (*record.trail, entry.sequence)
+            if entry.subject != subject or last.trail[: len(until)] != until:
+                raise StateNotPortable(
+                    f"log of {actor} names message {entry.sequence} of stream {stream}, and what is read there is"
+                    " another: a replica is damaged, or the stream was restored in part"
+                )
+            records.append((entry.sequence, record))
+        return records
 
 
 def encode_record(record: Record) -> bytes:
@@ -170,47 +183,45 @@ def decode_record(payload: bytes) -> Record:
     """Raises StateNotPortable for anything `encode_record` of this or an older version did not write."""
     try:
         header, body = split(payload)
-        kind = Kind(text(header, "kind"))
-        common: dict[str, Any] = {
-            "kind": kind, "epoch": number(header, "epoch"), "incarnation": text(header, "incarnation"),
-            "trail": numbers(header, "trail"),
-        }  # fmt: skip
+        kind = _KINDS[text(header, "kind")]
+        record = Record(kind, number(header, "epoch"), text(header, "incarnation"), numbers(header, "trail"))
         match kind:
             case Kind.COMMAND:
-                events = [_event(entry) for entry in sequence(header, "events")]
-                return Record(events=events, reply=header["reply"], **_identified(header), **common)
+                record.message_id, record.session, record.number = _command_of(header)
+                record.events, record.reply = [_event(entry) for entry in sequence(header, "events")], header["reply"]
             case Kind.REJECTION:
-                return Record(error=_error(header), **_identified(header), **common)
-            case Kind.CLAIM:
-                return Record(**common)
+                record.message_id, record.session, record.number = _command_of(header)
+                record.error = _error(header)
             case Kind.SNAPSHOT:
-                return Record(memory=check_memory(header.get("memory")), frame=frame_of(header, body), **common)
+                record.memory, record.frame = check_memory(header.get("memory")), frame_of(header, body)
+            case Kind.CLAIM:
+                pass
             case _:
                 assert_never(kind)
-    except (InvalidInput, KeyError, ValueError) as error:
+        return record
+    except (InvalidInput, KeyError) as error:
         raise StateNotPortable(
             f"log entry {payload[:80]!r} cannot be read by this version: {shown(error, 200)}"
         ) from error
 
 
-def _identified(header: dict[str, Any]) -> dict[str, Any]:
+def _command_of(header: dict[str, Any]) -> tuple[str, str, int]:
+    """(id, session, number) of the command that an entry answers."""
     if not (message_id := text(header, "id")):
         raise InvalidInput("the entry of a command without the command's id")
     if "session" not in header:
-        return {"message_id": message_id}
+        return message_id, "", 0
     session = text(header, "session")
     opened_at(session)
     if (place := number(header, "number")) < 1:
         raise InvalidInput("the commands of a session are numbered from 1")
-    return {"message_id": message_id, "session": session, "number": place}
+    return message_id, session, place
 
 
 def _event(entry: Any) -> list[Any]:
-    match entry:
-        case [str(), dict()]:
-            return list(entry)
-        case _:
-            raise InvalidInput(f"{shown(entry)} is no event: expected [name, values]")
+    if type(entry) is not list or [type(part) for part in entry] != _EVENT:
+        raise InvalidInput(f"{shown(entry)} is no event: expected [name, values]")
+    return entry
 
 
 def _error(header: dict[str, Any]) -> dict[str, Any]:

@@ -176,12 +176,10 @@ class AnsweredSessions:
 
 def check_memory(document: Any) -> dict[str, Any]:
     """Return `document` if `Memory.to_document` can have made it. Raises InvalidInput otherwise."""
-    match document:
-        case {"commands": list(commands), "sessions": {"floor": int(floor), "known": list(known), **rest}, **more}:
-            if rest or more or isinstance(floor, bool) or floor < 0:
-                raise InvalidInput("what an actor remembers of its commands is malformed")
-        case _:
-            raise InvalidInput("what an actor remembers of its commands is malformed")
+    commands, sessions = _values(document, commands=list, sessions=dict)
+    floor, known = _values(sessions, floor=int, known=list)
+    if floor < 0:
+        raise InvalidInput("what an actor remembers of its commands is malformed")
     for entry in commands:
         _check_answer(entry, str)
     for session in known:
@@ -194,6 +192,15 @@ def check_memory(document: Any) -> dict[str, Any]:
         if numbers != sorted(set(numbers)) or numbers[0] < 1 or numbers[-1] != session[1]:
             raise InvalidInput(f"session {name} ends at {session[1]}, its replies at {numbers[-1]}")
     return dict(document)
+
+
+def _values(document: Any, **kinds: type) -> list[Any]:
+    """The values of a JSON object that has exactly these names, with values of these types. Raises InvalidInput."""
+    if type(document) is dict and document.keys() == kinds.keys():
+        values = [document[name] for name in kinds]
+        if [type(value) for value in values] == list(kinds.values()):
+            return values
+    raise InvalidInput("what an actor remembers of its commands is malformed")
 
 
 def _answer(known: list[Any]) -> Answer:

@@ -183,13 +183,16 @@ class MemoryLink:
         return await self._call(fate, subject, look, timeout_s)
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
-        """Each is a question of its own, as with the real one: they may see different moments of the stream."""
+        """Each is a question of its own, as with the real one: they may see different moments of the stream, and ask
+        different replicas."""
 
-        def look(sequence: int) -> Entry | None:
-            return self._server.stream(stream).entries.get(sequence)
+        def look(sequence: int, fate: Fault) -> Entry | None:
+            return self._server.stream(stream).at(sequence, lagging=fate == "stale")
 
-        asked = (self._call(self._fate("read", stream), stream, partial(look, one), timeout_s) for one in sequences)
-        return await asyncio.gather(*asked)
+        fates = [(one, self._fate("read", stream)) for one in sequences]
+        return await asyncio.gather(
+            *(self._call(fate, stream, partial(look, one, fate), timeout_s) for one, fate in fates)
+        )
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _MemoryWatch:
         watch = _MemoryWatch(self, self._server, stream, subject, handler)

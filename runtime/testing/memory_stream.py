@@ -12,6 +12,7 @@ from routing.link import Entry, StreamSpec
 
 MARKER_TTL_S = 86_400.0  # as long as NatsLink lets removal markers live
 REMEMBERED = 8  # entries of a subject that were the last one before, for a leader that is behind
+REMOVED_KEPT = 256  # entries that a replica which lags still has
 MIN_TTL_S = 1  # JetStream's own minimum
 
 
@@ -33,6 +34,7 @@ class MemoryStream:
         self.by_subject: dict[str, list[int]] = {}
         self.watches: list[Watcher] = []
         self._replaced: dict[str, deque[Entry]] = {}
+        self._removed: dict[int, Entry] = {}  # lately, oldest first
         self._sequence = 0
         self._timers: dict[int, asyncio.TimerHandle] = {}
 
@@ -59,6 +61,11 @@ class MemoryStream:
         sequences = self.by_subject.get(subject)
         return self.entries[sequences[-1]] if sequences else None
 
+    def at(self, sequence: int, *, lagging: bool) -> Entry | None:
+        """What stands there; `lagging`: or stood there until lately."""
+        entry = self.entries.get(sequence)
+        return self._removed.get(sequence) if entry is None and lagging else entry
+
     def earlier(self, subject: str, by: int) -> Entry | None:
         """What a leader that was deposed `by` entries ago takes for the subject's last; at most REMEMBERED ago."""
         replaced = self._replaced.get(subject)
@@ -69,6 +76,7 @@ class MemoryStream:
         lost = [entry for number, entry in self.entries.items() if number > sequence]
         for entry in lost:
             self._remove(entry.sequence)
+        self._removed = {number: entry for number, entry in self._removed.items() if number <= sequence}
         self._sequence = min(self._sequence, sequence)
         return lost
 
@@ -94,7 +102,9 @@ class MemoryStream:
             self._timers[marker] = asyncio.get_running_loop().call_later(MARKER_TTL_S, self._expire, marker)
 
     def _remove(self, sequence: int) -> None:
-        entry = self.entries.pop(sequence)
+        entry = self._removed[sequence] = self.entries.pop(sequence)
+        if len(self._removed) > REMOVED_KEPT:
+            del self._removed[next(iter(self._removed))]
         sequences = self.by_subject[entry.subject]
         sequences.remove(sequence)
         if not sequences:

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import nats
 import pytest
 import trustme
+from nats.aio.client import Client
 
 from routing.link import Link
 from routing.nats_link import NatsLink
@@ -138,6 +140,14 @@ async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
         yield server
     finally:
         await server.stop()
+
+
+@pytest.fixture
+async def admin(nats_server: NatsServer) -> AsyncIterator[Client]:
+    """Another client, as an operator's tool would be."""
+    client = await nats.connect(nats_server.url)
+    yield client
+    await client.close()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ T = TypeVar("T")
 LinkPair = tuple[Link, Link]
 
 WAIT_S = 10.0  # a hang guard, never reached when things work
-JOURNAL = StreamSpec(name="journal", subjects=("ev.>",))
+JOURNAL = StreamSpec(name="journal", subjects=("ev.>",), direct=True)
 BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
 LEASES = StreamSpec(name="KV_leases", subjects=("$KV.leases.>",), keep=1, ttl=True)
 

@@ -163,6 +163,20 @@ async def test_a_stale_read_is_answered_from_before_the_latest_entry() -> None:
     assert (stale.payload, fresh.payload) == (b"1", b"2")
 
 
+async def test_a_stale_read_by_sequence_still_has_what_was_removed() -> None:
+    """Property: a replica that lags has not removed it yet; what never was is None there as well."""
+    fates: dict[Kind, Fault] = {}
+    nats = MemoryNats(on_message=lambda kind, subject: fates.get(kind, "deliver"))
+    link = nats.link("alice")
+    await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+    first = await link.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+    await link.append("ev.a", b"all", expected=first, timeout_s=WAIT_S, rollup=True)
+
+    assert await link.read("journal", [first], timeout_s=WAIT_S) == [None]
+    fates["read"] = "stale"
+    assert await link.read("journal", [first, 99], timeout_s=WAIT_S) == [Entry(first, "ev.a", b"1"), None]
+
+
 async def test_a_partition_is_noticed_by_nobody_until_it_heals() -> None:
     """Property: verbs time out instead of failing, nothing is heard, and a reconnect brings all of it back."""
     nats = MemoryNats()

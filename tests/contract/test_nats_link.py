@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nats
 import psutil
 import pytest
 import uvloop
@@ -88,14 +87,6 @@ async def proxy(nats_server: NatsServer) -> AsyncIterator[Proxy]:
     proxy = Proxy(nats_server.port)
     yield proxy
     await proxy.stop()
-
-
-@pytest.fixture
-async def admin(nats_server: NatsServer) -> AsyncIterator[Client]:
-    """Another client, as an operator's tool would be."""
-    client = await nats.connect(nats_server.url)
-    yield client
-    await client.close()
 
 
 async def until_back(link: NatsLink) -> None:

@@ -33,7 +33,7 @@ class Profile:
     lost_answer: float = 0.0
     late: float = 0.0
     doubled: float = 0.0
-    stale: float = 0.0  # reads of the map by a leader that was deposed
+    stale: float = 0.0  # reads of the map by a leader that was deposed, of a log by a replica that lags
     stale_by_at_least: int = 1  # entries that such a leader lacks; six at most
     struck: str = ""  # only messages with this in their subject are lost, late, doubled or stale
     slow: float = 0.0  # messages that take up to `slow_s`

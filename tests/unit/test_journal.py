@@ -73,12 +73,15 @@ class Store:
     def __init__(self) -> None:
         self.faults: list[Fault] = []
         self.reads = 0
+        self.stale = False
         self.on_read: Any = None
         self.nats = MemoryNats(on_message=self._on_message, late_s=6.0)
 
     def _on_message(self, kind: MessageKind, subject: str) -> Fault:
         if kind == "read":
             self.reads += 1
+        if kind == "read" and self.stale:
+            return "stale"
         return self.faults.pop(0) if kind == "append" and ".ev." in subject and self.faults else "deliver"
 
     async def journal(self, link: MemoryLink | None = None) -> Journal:
@@ -269,7 +272,7 @@ async def test_a_load_while_snapshots_and_commands_go_on_is_always_whole() -> No
         trail: tuple[int, ...] = ()
         version = 0
         for number in range(60):
-            record = snapshot(trail=trail) if number % 5 == 4 else applied(number, trail)
+            record = snapshot() if number % 5 == 4 else applied(number, trail)
             version = await writer.append(ACTOR, record, after=version)
             trail = (version,) if record.kind is Kind.SNAPSHOT else (*trail, version)
             landed.append(version)
@@ -362,6 +365,43 @@ async def test_a_damaged_log_is_not_portable_and_not_an_empty_one() -> None:
 
     with pytest.raises(StateNotPortable):
         await journal.load(ACTOR)
+
+
+@virtually
+@pytest.mark.parametrize("other", [applied(7), applied(1, (1, 9)), snapshot(), None])
+async def test_what_does_not_fit_into_the_log_is_an_error_and_not_another_state(other: Record | None) -> None:
+    """A replica that holds another message at a sequence, or another actor's: the records name one another."""
+    store = Store()
+    journal, history = await store.filled(3)
+    place = history.records[1][0]
+    [stream] = [name for name, _ in SETTINGS.subjects.log_streams() if store.nats.entries(name)]
+    entry = store.nats.stream(stream).entries[place]
+    if other is None:
+        entry.subject += "x"
+    else:
+        entry.payload = encode_record(other)
+
+    with pytest.raises(StateNotPortable, match="is another"):
+        await journal.load(ACTOR)
+    with pytest.raises(StateNotPortable, match="is another"):
+        await journal.after(ACTOR, history.records[0][0], history.records[-1])
+
+
+@virtually
+async def test_a_replica_that_lags_gives_the_same_history() -> None:
+    """What a snapshot has just removed, and another replica still has, is the log as it was when its end was read."""
+    store = Store()
+    journal, history = await store.filled(3)
+    tail = await journal.tail(ACTOR)
+    assert tail is not None
+    await journal.append(ACTOR, snapshot(), after=history.version)
+
+    assert await journal.after(ACTOR, history.records[0][0], tail) is None
+    store.stale = True
+    found = await journal.after(ACTOR, history.records[0][0], tail)
+
+    assert found is not None
+    assert found.records == history.records[1:]
 
 
 @virtually

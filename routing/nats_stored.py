@@ -1,0 +1,55 @@
+"""Stored messages as JetStream tells them.
+
+STREAM.MSG.GET    JSON, payload and headers in base64; the stream's leader answers
+DIRECT.GET        the message itself, with headers that say where it stands; any replica answers, for less than
+                  half the server's time, where the stream allows it
+"""
+
+from __future__ import annotations
+
+from binascii import a2b_base64
+
+import orjson
+
+from routing.errors import Unavailable
+from routing.link import Entry
+
+_NO_MESSAGE = 10037
+_SUBJECT, _SEQUENCE = b"\r\nNats-Subject: ", b"\r\nNats-Sequence: "
+
+
+def entry_in_document(stream: str, answered: bytes) -> Entry | None:
+    """What STREAM.MSG.GET answered. None where there is no such message; Unavailable for every other refusal."""
+    answer = orjson.loads(answered)
+    error = answer.get("error")
+    if error is None:
+        message = answer["message"]
+        headers = a2b_base64(message["hdrs"]) if "hdrs" in message else b""
+        payload = a2b_base64(message.get("data") or b"")
+        return _entry(message["seq"], message["subject"], payload, headers)
+    if error.get("err_code") == _NO_MESSAGE:
+        return None
+    raise Unavailable(
+        f"stream {stream} cannot be read: {error.get('description')} [{error.get('err_code')}]: start a node, or check"
+        " FERRY_CLUSTER"
+    )
+
+
+def entry_in_message(answered: bytes) -> Entry | None:
+    """What DIRECT.GET answered, headers and payload. None where that replica gives no such message."""
+    headers, _, payload = answered.partition(b"\r\n\r\n")
+    _, told, place = headers.rpartition(_SUBJECT)  # the server's words stand behind those of who published the message
+    subject, _, place = place.partition(_SEQUENCE)
+    sequence, _, _ = place.partition(b"\r\n")
+    if not told or not sequence.isdigit():  # a status, such as "no message found"
+        return None
+    return _entry(int(sequence), subject.decode(errors="replace"), payload, headers)
+
+
+def _entry(sequence: int, subject: str, payload: bytes, headers: bytes) -> Entry:
+    removed = (
+        b"\r\nKV-Operation: DEL" in headers
+        or b"\r\nKV-Operation: PURGE" in headers
+        or b"\r\nNats-Marker-Reason:" in headers
+    )
+    return Entry(sequence, subject, b"" if removed else payload, removed)
