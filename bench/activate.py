@@ -1,8 +1,9 @@
 """`activate`: cold actors brought back to life by one node, each from a snapshot and ten events.
 
-Their logs are written beforehand and a node process is started on them; each actor is then asked one query. Once with
-little else in the logs and once with many other messages: recovery must not cost more in a long log.
-FERRY_BENCH_MESSAGES sets their number. Each run has servers and a node of its own.
+Their logs are written beforehand and a node process is started on them; each actor is then asked one query, which
+warms everything up. Then they are put to rest and asked again, ROUNDS times, and that is measured. Once with little
+else in the logs and once with many other messages: recovery must not cost more in a long log. FERRY_BENCH_MESSAGES sets
+their number. Each run has servers and a node of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.solo import SHARDS, give_all_to, node_process, servers
 from routing.address import ActorId, shard_of
 from routing.birth import Birth, found_or_join
 from routing.client import Cluster
+from routing.control import ask
 from routing.errors import InvalidInput
 from routing.nats_link import NatsLink
 from routing.settings import Settings
@@ -28,13 +30,15 @@ from runtime.live_actor import LiveActor, new_instance
 from runtime.memory import Limits, Memory
 from workflows.local import EmbeddedServers
 
-RUNS, ACTORS, WARM, EVENTS, WINDOW = 5, 600, 300, 10, 256
+RUNS, ACTORS, ROUNDS, EVENTS, WINDOW = 5, 900, 4, 10, 256
+REST_AFTER_S = 1.0  # how soon the node puts an unused actor to rest
 SHORT, LONG = 10_000, 1_000_000
+ASK_S = 5.0
 BATCH = 20_000  # unacknowledged messages; each log counts what it has stored before the next go out
 
 
 async def measure(
-    *, runs: int = RUNS, actors: int = ACTORS, warm: int = WARM, messages: tuple[int, int] | None = None
+    *, runs: int = RUNS, actors: int = ACTORS, rounds: int = ROUNDS, messages: tuple[int, int] | None = None
 ) -> list[Result]:
     """Raises InvalidInput for a log that is not longer than the short one."""
     short, long = messages or (SHORT, int(os.environ.get("FERRY_BENCH_MESSAGES", LONG)))
@@ -44,7 +48,7 @@ async def measure(
     for _ in range(runs):
         for length, found in rates.items():  # in turns, because the machine is not always alike
             with servers(sync_always=False) as running:
-                found.append(await _activations(running, actors, warm=warm, messages=length))
+                found.append(await _activations(running, actors, rounds=rounds, messages=length))
     in_short, in_long = median(rates[short]), median(rates[long])
     return [
         Result(case=f"log of {short:,} messages", value=in_short, unit="actors/s", runs=runs),
@@ -52,28 +56,41 @@ async def measure(
     ]
 
 
-async def _activations(running: EmbeddedServers, actors: int, *, warm: int, messages: int) -> float:
-    """Actors a second of so many, after `warm` others, whose logs stand beside theirs, have warmed everything up."""
+async def _activations(running: EmbeddedServers, actors: int, *, rounds: int, messages: int) -> float:
+    """Actors a second, of so many that all come back `rounds` times."""
     settings = Settings(cluster="cold", shards=SHARDS, nats_url=running.nats_url)
     link = await NatsLink.connect(running.nats_url, name="bench")
     try:
         birth = await found_or_join(link, settings)
         subjects = Subjects("cold", birth.logs)
-        cold = [ActorId("blob", f"cold-{number}") for number in range(warm + actors)]
+        cold = [ActorId("blob", f"cold-{number}") for number in range(actors)]
         others = messages - len(cold) * (1 + EVENTS)
         await _fill(link, subjects, birth, others // 2)
         await _write_logs(link, subjects, birth, cold)
         await _fill(link, subjects, birth, others - others // 2)
-        with node_process(running, "cold"):
+        with node_process(running, "cold", env={"FERRY_PASSIVATE_AFTER_S": f"{REST_AFTER_S:g}"}):
             await give_all_to(link, subjects, birth, "a")
             async with Cluster.connect(running.nats_url, cluster="cold") as client:
-                await _ask_all(client, cold[:warm])
-                return await _ask_all(client, cold[warm:])
+                await _ask_all(client, cold)
+                took_s = 0.0
+                for _ in range(rounds):
+                    await until(lambda: _all_at_rest(link, subjects), "the actors to be put to rest")
+                    took_s += await _ask_all(client, cold)
+            activated = (await ask(link, subjects, "a", "status", timeout_s=ASK_S))["counters"]["activations"]
+        if activated != (1 + rounds) * actors:
+            raise RuntimeError(f"{activated} activations of {actors} actors in {1 + rounds} rounds")
+        return rounds * actors / took_s
     finally:
         await link.close()
 
 
+async def _all_at_rest(link: NatsLink, subjects: Subjects) -> bool | None:
+    status = await ask(link, subjects, "a", "status", timeout_s=ASK_S)
+    return True if status["actors"] == 0 else None
+
+
 async def _ask_all(client: Cluster, actors: list[ActorId]) -> float:
+    """Seconds until each has answered a query."""
     waiting = list(actors)
     began_s = time.perf_counter()  # uvloop's own clock ticks in milliseconds
 
@@ -84,7 +101,7 @@ async def _ask_all(client: Cluster, actors: list[ActorId]) -> float:
                 raise RuntimeError(f"an actor came back with {commands} of its {EVENTS} events")
 
     await asyncio.gather(*(caller() for _ in range(WINDOW)))
-    return len(actors) / (time.perf_counter() - began_s)
+    return time.perf_counter() - began_s
 
 
 async def _write_logs(link: NatsLink, subjects: Subjects, birth: Birth, actors: list[ActorId]) -> None:

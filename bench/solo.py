@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +47,9 @@ def servers(*, sync_always: bool) -> Iterator[EmbeddedServers]:
 
 
 @contextmanager
-def node_process(running: EmbeddedServers, cluster: str) -> Iterator[None]:
+def node_process(running: EmbeddedServers, cluster: str, *, env: Mapping[str, str] | None = None) -> Iterator[None]:
     """A node `a` in a process of its own; the servers outlive it."""
-    local = LocalCluster(running, cluster=cluster, env={"FERRY_SHARDS": str(SHARDS)})
+    local = LocalCluster(running, cluster=cluster, env={"FERRY_SHARDS": str(SHARDS), **(env or {})})
     process = local.add_node("a", actors="bench.actors")
     try:
         yield

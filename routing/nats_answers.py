@@ -6,12 +6,13 @@ import asyncio
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from routing.errors import FerryError, InvalidInput, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 
 SWEEP_S = 0.05  # how late a deadline is noticed; a timer for each would cost as much as the rest of a request
-HEADED = "h"  # before the token of a question whose answer's headers matter
+SEVERAL = "s"  # before the token that several questions share
 FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 
 
@@ -31,8 +32,10 @@ class _Told:
         return False
 
 
+Headed = tuple[bytes, bytes]  # headers as they came, payload
+
 # Somebody who waits: where the answer goes, who was asked, until when on the loop's clock, how long that was (seconds).
-_Waiting = tuple[asyncio.Future[bytes] | _Told, str, float, float]
+_Waiting = tuple[asyncio.Future[Any] | _Told, str, float, float]
 
 
 class Answers:
@@ -44,6 +47,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._tokens = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
+        self._several: dict[int, tuple[int, list[Headed]]] = {}  # token -> how many answers are to come, what has come
         self._frames: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # sent lately -> whose questions were in it
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -59,7 +63,17 @@ class Answers:
         """As `expect`; `then` is called with the answer, or with the error, unless the token is forgotten before."""
         return self._expect(_Told(then), subject, timeout_s)
 
-    def _expect(self, waiting: asyncio.Future[bytes] | _Told, subject: str, timeout_s: float) -> int:
+    def expect_several(self, subject: str, count: int, timeout_s: float) -> tuple[int, asyncio.Future[list[Headed]]]:
+        """One token for `count` questions to `subject`, at least one, and what will become of all of them together.
+
+        Their answers are in any order, each with its headers. The caller has to `forget_several`.
+        """
+        future: asyncio.Future[list[Headed]] = self._loop.create_future()
+        token = self._expect(future, subject, timeout_s)
+        self._several[token] = count, []
+        return token, future
+
+    def _expect(self, waiting: asyncio.Future[Any] | _Told, subject: str, timeout_s: float) -> int:
         token = next(self._tokens)
         self._waiting[token] = waiting, subject, self._loop.time() + timeout_s, timeout_s
         if self._sweeping is None:
@@ -70,13 +84,17 @@ class Answers:
         """Whatever comes for `token` from now on is too late."""
         self._waiting.pop(token, None)
 
+    def forget_several(self, token: int) -> None:
+        self.forget(token)
+        self._several.pop(token, None)
+
     def reply_to(self, token: int) -> str:
         """The reply subject of a question that goes alone."""
         return f"{self._prefix}{token}"
 
-    def reply_with_headers_to(self, token: int) -> str:
-        """As `reply_to`; the answer will be its headers, as they came, and then its payload."""
-        return f"{self._prefix}{HEADED}{token}"
+    def reply_to_several(self, token: int) -> str:
+        """The reply subject of each of several questions."""
+        return f"{self._prefix}{SEVERAL}{token}"
 
     def reply_to_all(self, tokens: tuple[int, ...]) -> str:
         """The reply subject of a frame of questions, or of the one that is alone in it."""
@@ -94,8 +112,8 @@ class Answers:
         if not subject.startswith(self._prefix):
             raise InvalidInput(f"{subject!r} is no answer")
         name = subject[len(self._prefix) :]
-        if headers and name.startswith(HEADED):
-            self._resolve(int(name[1:]), headers + payload)
+        if headers and name.startswith(SEVERAL):
+            self._one_of_several(int(name[1:]), headers, payload)
             return
         if name:
             self._resolve(int(name), payload)
@@ -105,7 +123,7 @@ class Answers:
 
     def nobody_listens(self, subject: str) -> None:
         """The server has nobody to give a question to, or any of a frame. Raises ValueError when it is not ours."""
-        name = subject[len(self._prefix) :].removeprefix(HEADED)
+        name = subject[len(self._prefix) :].removeprefix(SEVERAL)
         for token in self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),):
             if token in self._waiting:
                 _, asked, _, _ = self._waiting[token]
@@ -123,7 +141,13 @@ class Answers:
         for token in list(self._waiting):
             self.fail(token, Timeout("the link was closed while waiting for an answer"))
 
-    def _resolve(self, token: int, payload: bytes) -> None:
+    def _one_of_several(self, token: int, headers: bytes, payload: bytes) -> None:
+        count, answers = self._several.get(token, (0, []))
+        answers.append((headers, payload))
+        if len(answers) == count:
+            self._resolve(token, answers)
+
+    def _resolve(self, token: int, payload: Any) -> None:
         waiting = self._waiting.pop(token, None)
         if waiting is not None and not waiting[0].done():
             waiting[0].set_result(payload)

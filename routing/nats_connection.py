@@ -29,7 +29,7 @@ import structlog
 from nats import errors as nats_errors
 
 from routing.errors import HANDLER_ERRORS, FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
-from routing.nats_answers import Answers, Then
+from routing.nats_answers import Answers, Headed, Then
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
 from routing.nats_wire import HEADERS_BYTES, NotEncryptedError, Receive, WireClient
@@ -301,20 +301,30 @@ class NatsConnection:
             self._answers.forget(token)
             raise
 
-    async def request_all(
-        self, subject: str, payloads: Sequence[bytes], *, timeout_s: float, with_headers: bool = False
-    ) -> list[bytes]:
-        """As `request_alone` for each of `payloads`, all at once; the answers in the same order.
+    async def request_several(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[Headed]:
+        """As `request_all`, for less: the answers, headers and payload each, come in any order and tell whose they are.
 
-        `with_headers`: each answer is its headers, as they came, and then its payload.
+        Every one of them has to have headers; there must be one question at least.
         """
-        reply_to = self._answers.reply_with_headers_to if with_headers else self._answers.reply_to
+        if self._too_much_waits(client := self._attached()):
+            await self._barrier(client, timeout_s)
+        token, future = self._answers.expect_several(subject, len(payloads), timeout_s)
+        reply = self._answers.reply_to_several(token)
+        try:
+            for payload in payloads:
+                self._hand_over(client, subject, payload, reply)
+            return await future
+        finally:
+            self._answers.forget_several(token)
+
+    async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
+        """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, timeout_s)
         expected = [self._answers.expect(subject, timeout_s) for _ in payloads]
         try:
             for (token, _), payload in zip(expected, payloads, strict=True):
-                self._hand_over(client, subject, payload, reply_to(token))
+                self._hand_over(client, subject, payload, self._answers.reply_to(token))
             return [await future for _, future in expected]
         finally:
             for token, future in expected:

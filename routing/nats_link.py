@@ -180,7 +180,7 @@ class NatsLink:
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        found = await self._direct_gets(stream, sequences, timeout_s) if stream in self._direct else {}
+        found = await self._direct_gets(stream, sequences, timeout_s) if sequences and stream in self._direct else {}
         if missing := [sequence for sequence in sequences if sequence not in found]:
             left_s = deadline_s - asyncio.get_running_loop().time()
             entries = await self._stored(stream, [{"seq": sequence} for sequence in missing], left_s)
@@ -232,16 +232,16 @@ class NatsLink:
 
     async def _direct_gets(self, stream: str, sequences: Sequence[int], timeout_s: float) -> dict[int, Entry | None]:
         """Those of the messages that the replicas which were asked have."""
+        questions = [b'{"seq":%d}' % sequence for sequence in sequences]
         try:
-            answers = await self._connection.request_all(
-                f"$JS.API.DIRECT.GET.{stream}", [b'{"seq":%d}' % sequence for sequence in sequences],
-                timeout_s=timeout_s, with_headers=True,
-            )  # fmt: skip
+            answers = await self._connection.request_several(
+                f"$JS.API.DIRECT.GET.{stream}", questions, timeout_s=timeout_s
+            )
         except (
             Unavailable
         ):  # not connected, or nobody serves them just now: the leader's answer, or its silence, counts
             return {}
-        entries = [entry_in_message(answer) for answer in answers]
+        entries = [entry_in_message(headers, payload) for headers, payload in answers]
         return {entry.sequence: entry for entry in entries if entry is not None}
 
     def _note(self, stream: str, config: dict[str, Any]) -> None:

@@ -35,9 +35,8 @@ def entry_in_document(stream: str, answered: bytes) -> Entry | None:
     )
 
 
-def entry_in_message(answered: bytes) -> Entry | None:
-    """What DIRECT.GET answered, headers and payload. None where that replica gives no such message."""
-    headers, _, payload = answered.partition(b"\r\n\r\n")
+def entry_in_message(headers: bytes, payload: bytes) -> Entry | None:
+    """What DIRECT.GET answered. None where that replica has no such message."""
     _, told, place = headers.rpartition(_SUBJECT)  # the server's words stand behind those of who published the message
     subject, _, place = place.partition(_SEQUENCE)
     sequence, _, _ = place.partition(b"\r\n")

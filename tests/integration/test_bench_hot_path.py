@@ -42,7 +42,7 @@ def test_append_measures_both_ways_of_syncing() -> None:
 
 def test_activate_brings_every_actor_back_in_a_short_and_a_longer_log() -> None:
     """The longer log's floor is the shorter one's rate."""
-    results = asyncio.run(activate.measure(runs=1, actors=20, warm=5, messages=(500, 2_000)))
+    results = asyncio.run(activate.measure(runs=1, actors=20, rounds=2, messages=(500, 2_000)))
 
     check_shape("activate", results)
     assert [result.floor is None for result in results] == [True, False]
