@@ -1,9 +1,10 @@
 """Moves on their way: planned ones wait, a few at a time are launched, until the map says how each ended.
 
 A chain of six tasks costs its worker about the same however much it carries, so shards of few actors that go the same
-way share one: a convoy. Its bounds are those of what stands still at once: chains per node, actors and bytes per chain,
-and actors per node, which follow how long moves stand still: fewer after one that took longer than the blackout budget,
-more again after those that did not. A shard of more than that goes alone.
+way share one: a convoy, bounded by its moves, actors and bytes; a shard of more than that goes alone. What stands still
+at once is bounded by chains per node and by actors per node. The latter follow how long moves stand still: fewer after
+one that took longer than the blackout budget, more again after those that did not. Convoys do not become smaller by
+that: on a slow machine it is the chains that take long, and more of them would take longer.
 """
 
 from __future__ import annotations
@@ -128,10 +129,7 @@ class Admission:
                 break
             if move is first or (move.source, move.destination) != (first.source, first.destination):
                 continue
-            if (
-                actors + move.actors_total <= min(CHAIN_ACTORS, self._room)
-                and state_bytes + move.state_bytes <= CHAIN_BYTES
-            ):
+            if actors + move.actors_total <= CHAIN_ACTORS and state_bytes + move.state_bytes <= CHAIN_BYTES:
                 convoy.append(move)
                 actors, state_bytes = actors + move.actors_total, state_bytes + move.state_bytes
         return convoy
