@@ -403,3 +403,8 @@ async def cluster(
 async def answered(future: asyncio.Future[Answer], within_s: float = 40.0) -> Answer:
     async with asyncio.timeout(within_s):
         return await future
+
+
+async def posted(small: SmallCluster, entries: list[int]) -> list[asyncio.Future[Answer]]:
+    """Writes that come one right behind the other; what will be answered to each."""
+    return [await small.post("a", small.command("k", "write", f"m-{entry}", entry=entry)) for entry in entries]
