@@ -34,8 +34,29 @@ class _Told:
 
 Headed = tuple[bytes, bytes]  # headers as they came, payload
 
+
+class _Several:
+    """In a future's place for questions that share a token: what has come. At the deadline that has to do."""
+
+    __slots__ = ("_future", "answers", "count", "done")
+
+    def __init__(self, future: asyncio.Future[list[Headed]], count: int) -> None:
+        self._future, self.count = future, count
+        self.answers: list[Headed] = []
+        self.done = future.done
+
+    def set_result(self, answers: list[Headed]) -> None:
+        self._future.set_result(answers)
+
+    def set_exception(self, error: FerryError) -> None:
+        if isinstance(error, Timeout):
+            self._future.set_result(self.answers)
+        else:
+            self._future.set_exception(error)
+
+
 # Somebody who waits: where the answer goes, who was asked, until when on the loop's clock, how long that was (seconds).
-_Waiting = tuple[asyncio.Future[Any] | _Told, str, float, float]
+_Waiting = tuple[asyncio.Future[Any] | _Told | _Several, str, float, float]
 
 
 class Answers:
@@ -47,7 +68,6 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._tokens = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
-        self._several: dict[int, tuple[int, list[Headed]]] = {}  # token -> how many answers are to come, what has come
         self._frames: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # sent lately -> whose questions were in it
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -64,16 +84,15 @@ class Answers:
         return self._expect(_Told(then), subject, timeout_s)
 
     def expect_several(self, subject: str, count: int, timeout_s: float) -> tuple[int, asyncio.Future[list[Headed]]]:
-        """One token for `count` questions to `subject`, at least one, and what will become of all of them together.
+        """One token for `count` questions to `subject`, at least one, and what will have been answered to them.
 
-        Their answers are in any order, each with its headers. The caller has to `forget_several`.
+        In any order, each with its headers; when the time is up those that have come, however few. The caller has to
+        `forget` the token.
         """
         future: asyncio.Future[list[Headed]] = self._loop.create_future()
-        token = self._expect(future, subject, timeout_s)
-        self._several[token] = count, []
-        return token, future
+        return self._expect(_Several(future, count), subject, timeout_s), future
 
-    def _expect(self, waiting: asyncio.Future[Any] | _Told, subject: str, timeout_s: float) -> int:
+    def _expect(self, waiting: asyncio.Future[Any] | _Told | _Several, subject: str, timeout_s: float) -> int:
         token = next(self._tokens)
         self._waiting[token] = waiting, subject, self._loop.time() + timeout_s, timeout_s
         if self._sweeping is None:
@@ -83,10 +102,6 @@ class Answers:
     def forget(self, token: int) -> None:
         """Whatever comes for `token` from now on is too late."""
         self._waiting.pop(token, None)
-
-    def forget_several(self, token: int) -> None:
-        self.forget(token)
-        self._several.pop(token, None)
 
     def reply_to(self, token: int) -> str:
         """The reply subject of a question that goes alone."""
@@ -142,10 +157,11 @@ class Answers:
             self.fail(token, Timeout("the link was closed while waiting for an answer"))
 
     def _one_of_several(self, token: int, headers: bytes, payload: bytes) -> None:
-        count, answers = self._several.get(token, (0, []))
-        answers.append((headers, payload))
-        if len(answers) == count:
-            self._resolve(token, answers)
+        waiting = self._waiting.get(token)
+        if waiting is not None and isinstance(several := waiting[0], _Several):
+            several.answers.append((headers, payload))
+            if len(several.answers) == several.count:
+                self._resolve(token, several.answers)
 
     def _resolve(self, token: int, payload: Any) -> None:
         waiting = self._waiting.pop(token, None)

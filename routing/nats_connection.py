@@ -302,9 +302,10 @@ class NatsConnection:
             raise
 
     async def request_several(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[Headed]:
-        """As `request_all`, for less: the answers, headers and payload each, come in any order and tell whose they are.
+        """As `request_all`, where the answers have headers that tell what they answer: headers and payload of each.
 
-        Every one of them has to have headers; there must be one question at least.
+        In any order; when the time is up those that have come, however few. One token and one future do for all: each
+        question and its answer take two thirds of the time. There must be one question at least.
         """
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, timeout_s)
@@ -315,7 +316,7 @@ class NatsConnection:
                 self._hand_over(client, subject, payload, reply)
             return await future
         finally:
-            self._answers.forget_several(token)
+            self._answers.forget(token)
 
     async def request_all(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[bytes]:
         """As `request_alone` for each of `payloads`, all at once; the answers in the same order."""

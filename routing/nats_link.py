@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
+import structlog
 
 from routing.errors import (
     HANDLER_ERRORS,
@@ -31,8 +32,12 @@ from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_stored import entry_in_document, entry_in_message
 from routing.nats_watch import Watch
 
+log = structlog.get_logger("ferry.nats")
+
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
 MIN_TTL_S = 1  # JetStream's own minimum and granularity
+DIRECT_SHARE = 0.5  # of the time of a read; then the leader is asked for what has not come
+DIRECT_AGAIN_S = 10.0  # after a silence, until direct gets are tried again
 EXPECTED = b"Nats-Expected-Last-Subject-Sequence: %d\r\n"
 ROLLUP = b"Nats-Rollup: sub\r\n"
 _NANOSECONDS = 1_000_000_000
@@ -56,7 +61,7 @@ class NatsLink:
     def __init__(self, connection: NatsConnection) -> None:
         self._connection = connection
         self._watches: set[_LinkWatch] = set()
-        self._direct: set[str] = set()  # streams that were found to allow direct gets
+        self._direct: dict[str, float] = {}  # streams that allow direct gets -> not before when, on the loop's clock
         self.answer, self.takes_more = connection.answer, connection.takes_more  # not even a call more: every command's
 
     @classmethod
@@ -179,10 +184,11 @@ class NatsLink:
         return (await self._stored(stream, [{"last_by_subj": subject}], timeout_s))[0]
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        found = await self._direct_gets(stream, sequences, timeout_s) if sequences and stream in self._direct else {}
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        found = await self._direct_gets(stream, sequences, timeout_s * DIRECT_SHARE)
         if missing := [sequence for sequence in sequences if sequence not in found]:
-            left_s = deadline_s - asyncio.get_running_loop().time()
+            left_s = max(deadline_s - loop.time(), 0.0)
             entries = await self._stored(stream, [{"seq": sequence} for sequence in missing], left_s)
             found |= dict(zip(missing, entries, strict=True))
         return [found[sequence] for sequence in sequences]
@@ -231,24 +237,26 @@ class NatsLink:
         return [entry_in_document(stream, answer) for answer in answers]
 
     async def _direct_gets(self, stream: str, sequences: Sequence[int], timeout_s: float) -> dict[int, Entry | None]:
-        """Those of the messages that the replicas which were asked have."""
-        questions = [b'{"seq":%d}' % sequence for sequence in sequences]
-        try:
-            answers = await self._connection.request_several(
-                f"$JS.API.DIRECT.GET.{stream}", questions, timeout_s=timeout_s
-            )
-        except (
-            Unavailable
-        ):  # not connected, or nobody serves them just now: the leader's answer, or its silence, counts
+        """Those of the messages that the replicas which were asked have; none where direct gets are of no use now."""
+        now_s = asyncio.get_running_loop().time()
+        if not sequences or self._direct.get(stream, math.inf) > now_s:
             return {}
+        questions = [b'{"seq":%d}' % sequence for sequence in sequences]
+        subject = f"$JS.API.DIRECT.GET.{stream}"
+        try:
+            answers = await self._connection.request_several(subject, questions, timeout_s=timeout_s)
+        except Unavailable:
+            return {}  # not connected, or nobody serves them just now: the leader's answer, or its silence, counts
+        if len(answers) < len(questions):  # a replica that says nothing would hold up every read
+            self._direct[stream] = now_s + timeout_s + DIRECT_AGAIN_S
+            log.warning("direct gets not answered", stream=stream, missing=len(questions) - len(answers))
         entries = [entry_in_message(headers, payload) for headers, payload in answers]
         return {entry.sequence: entry for entry in entries if entry is not None}
 
     def _note(self, stream: str, config: dict[str, Any]) -> None:
+        self._direct.pop(stream, None)
         if config.get(_DIRECT):
-            self._direct.add(stream)
-        else:
-            self._direct.discard(stream)
+            self._direct[stream] = 0.0
 
     async def _ask(self, verb: str, document: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         payload = orjson.dumps(document) if document is not None else b""

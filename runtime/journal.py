@@ -140,8 +140,8 @@ class Journal:
     async def _earlier(self, actor: ActorId, sequences: Sequence[int], last: Record) -> list[tuple[int, Record]] | None:
         """The records at those of `last.trail`; None when one was removed.
 
-        Each names those before it, so what was read must fit: a replica that holds something else at a sequence, which
-        only a fault of NATS can bring about, gives an error and not another state.
+        Each names those before it, so what was read must fit: another actor's message, or one of another place in the
+        log, which only a damaged replica gives, is an error and not another state.
         """
         stream, subject = self._place_of(actor)
         records: list[tuple[int, Record]] = []

@@ -122,7 +122,7 @@ class Admission:
         await self._learn()
 
     def _convoy(self, first: Move) -> list[Move]:
-        """`first` and those behind it that go the same way, as many as may stand still together."""
+        """`first` and those behind it that go the same way, as many as one chain may carry."""
         convoy, actors, state_bytes = [first], first.actors_total, first.state_bytes
         for move in self.waiting.values():
             if len(convoy) >= self._moves_per_chain or actors >= CHAIN_ACTORS or state_bytes >= CHAIN_BYTES:

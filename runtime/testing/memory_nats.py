@@ -44,8 +44,9 @@ class MemoryNats:
     it: "deliver"; "drop_request" (it never arrives); "drop_reply" (it takes effect, the sender never learns); "late"
     (it takes effect `late_s` seconds later, even when its sender is gone by then); "double" (a message arrives a
     second time, `late_s` seconds later); "stale" (a subject's last message is answered by a deposed leader, which
-    lacks the latest `stale_by`; one by its sequence by a replica that still has what was removed lately). Answers to
-    requests are publishes of their own. Setting up (subscribe, watch, ensure_stream) is never disturbed.
+    lacks the latest `stale_by`; a message asked for by its sequence by a replica that still has what was removed
+    lately). Answers to requests are publishes of their own. Setting up (subscribe, watch, ensure_stream) is never
+    disturbed.
 
     `watch_lag(link)` gives the seconds by which a watch's news is late at its moment, in order per watch: a consumer
     may lag behind what the same client is answered directly. It never hears of what was replaced by then.

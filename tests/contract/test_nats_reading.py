@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from nats.aio.client import Client
 
-from routing.errors import Incompatible, Timeout
+from routing.errors import Incompatible
 from routing.link import Entry, StreamSpec
 from routing.nats_link import NatsLink
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WAIT_S = 15.0  # a hang guard, never reached when things work
 JOURNAL = StreamSpec(name="journal", subjects=("ev.>",), direct=True)
 LEADER_ONLY = StreamSpec(name="journal", subjects=("ev.>",))
-DIRECT_GET = "$JS.API.DIRECT.GET.journal"
+DIRECT_GET, FROM_LEADER = "$JS.API.DIRECT.GET.journal", "$JS.API.STREAM.MSG.GET.journal"
 
 
 async def three(link: NatsLink) -> list[Entry]:
@@ -35,6 +35,12 @@ async def three(link: NatsLink) -> list[Entry]:
         sequence = await link.append("ev.a", payload, expected=after, timeout_s=WAIT_S)
         entries.append(Entry(sequence=sequence, subject="ev.a", payload=payload))
     return entries
+
+
+async def handled(link: NatsLink, admin: Client) -> None:
+    """Return when `admin` has heard of all that `link` has asked."""
+    await link.rtt()
+    await admin.request("$JS.API.INFO", b"", timeout=WAIT_S)
 
 
 async def edited(admin: Client, spec: StreamSpec, **changes: Any) -> None:
@@ -73,7 +79,9 @@ async def requests(admin: Client) -> list[str]:
     return heard
 
 
-async def test_the_leader_is_not_asked_for_what_a_replica_has(nats_server: NatsServer, requests: list[str]) -> None:
+async def test_the_leader_is_not_asked_for_what_a_replica_has(
+    nats_server: NatsServer, admin: Client, requests: list[str]
+) -> None:
     """Property: nothing else can stand at a sequence, so one read of each is enough."""
     link = await nats_server.link("test")
     await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
@@ -81,12 +89,13 @@ async def test_the_leader_is_not_asked_for_what_a_replica_has(nats_server: NatsS
 
     assert await link.read("journal", [entry.sequence for entry in entries], timeout_s=WAIT_S) == entries
 
-    await link.rtt()
-    assert "$JS.API.STREAM.MSG.GET.journal" not in requests
+    await handled(link, admin)
+    assert requests.count(DIRECT_GET) == len(entries)
+    assert FROM_LEADER not in requests
 
 
 async def test_a_stream_of_an_earlier_version_is_read_from_its_leader(
-    nats_server: NatsServer, requests: list[str]
+    nats_server: NatsServer, admin: Client, requests: list[str]
 ) -> None:
     """Property: that it allows no direct gets is no reason to refuse it, and they are not tried."""
     earlier, link = await nats_server.link("earlier"), await nats_server.link("test")
@@ -96,7 +105,8 @@ async def test_a_stream_of_an_earlier_version_is_read_from_its_leader(
     await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
 
     assert await link.read("journal", [entry.sequence for entry in entries], timeout_s=WAIT_S) == entries
-    await link.rtt()
+    await handled(link, admin)
+    assert requests.count(FROM_LEADER) == len(entries)
     assert DIRECT_GET not in requests
     with pytest.raises(Incompatible, match="subjects"):
         await link.ensure_stream(StreamSpec(name="journal", subjects=("other.>",), direct=True), timeout_s=WAIT_S)
@@ -137,22 +147,38 @@ async def test_the_leader_is_asked_for_what_a_replica_lacks(nats_server: NatsSer
     assert found == [third, first, Entry(second.sequence, "ev.a", b"as the replica has it")]
 
 
-async def test_a_silent_replica_is_waited_for_no_longer_than_the_deadline(
-    nats_server: NatsServer, admin: Client
+@pytest.mark.parametrize("silent_for", [1, 3])
+async def test_a_silent_replica_holds_up_one_read_and_not_every_one(
+    nats_server: NatsServer, admin: Client, monkeypatch: pytest.MonkeyPatch, silent_for: int
 ) -> None:
-    """Property: Timeout, as for every read."""
+    """Property: the leader is asked while there is time, and from then on at once, until replicas are tried again."""
+    monkeypatch.setattr("routing.nats_link.DIRECT_SHARE", 0.3 / WAIT_S)
     link = await nats_server.link("test")
     await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
     entries = await three(link)
-    asked = await play_a_replica(admin, lambda sequence: None)
+    sequences = [entry.sequence for entry in entries]
 
-    with pytest.raises(Timeout):
-        await link.read("journal", [entries[0].sequence], timeout_s=0.2)
+    def answer(sequence: int) -> tuple[bytes, dict[str, str]] | None:
+        if sequence in sequences[:silent_for]:
+            return None
+        return entries[sequences.index(sequence)].payload, {"Nats-Subject": "ev.a", "Nats-Sequence": str(sequence)}
 
-    assert asked == [entries[0].sequence]
+    asked = await play_a_replica(admin, answer)
+
+    assert await link.read("journal", sequences, timeout_s=WAIT_S) == entries
+    assert asked == sequences
+    assert await link.read("journal", sequences, timeout_s=WAIT_S) == entries
+    assert asked == sequences
+    assert len(link._connection._answers) == 0
+
+    monkeypatch.setattr(link, "_direct", {"journal": 0.0})  # as after DIRECT_AGAIN_S
+    assert await link.read("journal", sequences, timeout_s=WAIT_S) == entries
+    assert asked == sequences * 2
 
 
-async def test_headers_of_a_publisher_are_not_taken_for_the_servers(nats_server: NatsServer, admin: Client) -> None:
+async def test_headers_of_a_publisher_are_not_taken_for_the_servers(
+    nats_server: NatsServer, admin: Client, requests: list[str]
+) -> None:
     """Property: where a message stands is the server's word, whatever the message itself says."""
     link = await nats_server.link("test")
     await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
@@ -161,3 +187,5 @@ async def test_headers_of_a_publisher_are_not_taken_for_the_servers(nats_server:
     sequence = json.loads(acknowledged.data)["seq"]
 
     assert await link.read("journal", [sequence], timeout_s=WAIT_S) == [Entry(sequence, "ev.a", b"x")]
+    await handled(link, admin)
+    assert FROM_LEADER not in requests
