@@ -248,8 +248,9 @@ class NatsLink:
         except Unavailable:
             return {}  # not connected, or nobody serves them just now: the leader's answer, or its silence, counts
         if len(answers) < len(questions):  # a replica that says nothing would hold up every read
+            if self._direct[stream] <= now_s:  # else another read, begun as this one was, has said so
+                log.warning("direct gets not answered, the leader is asked", stream=stream)
             self._direct[stream] = now_s + timeout_s + DIRECT_AGAIN_S
-            log.warning("direct gets not answered", stream=stream, missing=len(questions) - len(answers))
         entries = [entry_in_message(headers, payload) for headers, payload in answers]
         return {entry.sequence: entry for entry in entries if entry is not None}
 

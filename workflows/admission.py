@@ -4,7 +4,7 @@ A chain of six tasks costs its worker about the same however much it carries, so
 way share one: a convoy, bounded by its moves, actors and bytes; a shard of more than that goes alone. What stands still
 at once is bounded by chains per node and by actors per node. The latter follow how long moves stand still: fewer after
 one that took longer than the blackout budget, more again after those that did not. Convoys do not become smaller by
-that: on a slow machine it is the chains that take long, and more of them would take longer.
+that: on a slow machine smaller ones, which are more chains, stood still for as long.
 """
 
 from __future__ import annotations
