@@ -304,8 +304,8 @@ class NatsConnection:
     async def request_several(self, subject: str, payloads: Sequence[bytes], *, timeout_s: float) -> list[Headed]:
         """As `request_all`, where the answers have headers that tell what they answer: headers and payload of each.
 
-        In any order; when the time is up those that have come, however few. One token and one future do for all: each
-        question and its answer take two thirds of the time. There must be one question at least.
+        In any order; when the time is up those that have come, however few. One token, one reply subject and one future
+        do for all of them. There must be one question at least.
         """
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, timeout_s)

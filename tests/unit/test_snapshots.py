@@ -64,6 +64,16 @@ def first_snapshot(befall: Callable[[Appended], bool]) -> Iterator[None]:
     assert befallen
 
 
+def refusing(error: FerryError, *, after_s: float = 0.0) -> Callable[[Appended], bool]:
+    """For `first_snapshot`: it is not sent, and the server's answer is `error`."""
+
+    def refuse(then: Appended) -> bool:
+        asyncio.get_running_loop().call_later(after_s, then, error)
+        return True
+
+    return refuse
+
+
 @virtually
 async def test_a_small_state_is_rolled_up_without_a_task() -> None:
     """One that takes long to pack is for a task."""
@@ -129,11 +139,7 @@ async def test_a_snapshot_that_the_server_refuses_costs_no_command(
         counters = small.nodes["a"].node.host.counters
         before = counters["activations"]
 
-        def refuse(then: Appended) -> bool:
-            asyncio.get_running_loop().call_soon(then, error)
-            return True
-
-        with first_snapshot(refuse):
+        with first_snapshot(refusing(error)):
             assert await small.send("k", "write", entry=2) == 3
             assert await small.send("k", "write", entry=3) == 4
         await asyncio.sleep(1)
@@ -151,15 +157,14 @@ async def test_what_waits_for_a_snapshot_that_was_not_stored_is_served_first() -
         await small.send("k", "write", entry=1)
         append, appended = Journal.append, []
 
-        def refuse(then: Appended) -> bool:
-            asyncio.get_running_loop().call_later(0.5, then, Unavailable("no leader"))
-            return True
-
         async def appending(self: Journal, actor: ActorId, record: Record, *, after: int) -> int:
             appended.append(record.kind)
             return await append(self, actor, record, after=after)
 
-        with first_snapshot(refuse), mock.patch.object(Journal, "append", appending):
+        with (
+            first_snapshot(refusing(Unavailable("no leader"), after_s=0.5)),
+            mock.patch.object(Journal, "append", appending),
+        ):
             assert await small.send("k", "write", entry=2) == 3
             (future,) = await posted(small, [3])
             assert (await answered(future)).value == 4
@@ -210,11 +215,7 @@ async def test_a_snapshot_that_succeeds_again_is_due_as_often_as_before() -> Non
     async with cluster("a", snapshot_every=3) as small:
         counters = small.nodes["a"].node.host.counters
 
-        def refuse(then: Appended) -> bool:
-            asyncio.get_running_loop().call_soon(then, PayloadTooLarge("over the stream's limit"))
-            return True
-
-        with first_snapshot(refuse):
+        with first_snapshot(refusing(PayloadTooLarge("over the stream's limit"))):
             for number in range(6):
                 await small.send("k", "write", entry=number)
         await until(lambda: counters["snapshots"] == 1)
