@@ -121,6 +121,23 @@ def test_a_port_that_is_told_between_two_looks_is_known(tmp_path: Path, monkeypa
         assert int(running.nats_url.rpartition(":")[2]) > 0
 
 
+@pytest.mark.parametrize(
+    ("cores", "chosen", "found"), [(1, None, "1"), (2, None, "1"), (2, "2", "2"), (4, None, None), (4, "3", "3")]
+)
+def test_nats_leaves_a_small_machine_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, chosen: str | None, found: str | None
+) -> None:
+    """It works on one core at a time there, and on as many as it likes on a larger one; the environment decides."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("GOMAXPROCS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GOMAXPROCS", chosen)
+
+    with EmbeddedServers(tmp_path) as running:
+        assert running.nats is not None
+        assert psutil.Process(running.nats.pid).environ().get("GOMAXPROCS") == found
+
+
 def test_a_server_that_dies_at_its_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error carries the server's last words, and where the rest of them is; NATS does not stay behind."""
     broken = tmp_path / "redis-server"

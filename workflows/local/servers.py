@@ -29,6 +29,9 @@ from workflows.local.process import LocalProcess
 MAX_PAYLOAD_BYTES = 8 * 2**20  # the most nats-server advises; a snapshot must fit, larger states travel in chunks
 MAX_CONSUMERS = 100_000  # every router watches the map with one; the server's own default of 1,000 a stream is too few
 
+SMALL_MACHINE = 2  # cores
+GO_THREADS = "GOMAXPROCS"
+
 _PORT_TRIES = 5  # a free port can be taken between our look and Redis' bind, hardly five times in a row
 _LOOK_EVERY_S = 0.01
 _STOP_GRACE_S = 10.0
@@ -114,8 +117,9 @@ class EmbeddedServers:
             _check_port("NATS", self._nats_port, "FERRY_NATS_URL")
         argv = nats_argv(self.data_dir, port=self._nats_port, sync_always=self._sync_always)
         server = LocalProcess(
-            "nats-server", argv, log_path=self.data_dir / "nats.log", pass_fds=[self._claims["nats"].descriptor]
-        ).start()
+            "nats-server", argv, env=nats_environment(), log_path=self.data_dir / "nats.log",
+            pass_fds=[self._claims["nats"].descriptor],
+        ).start()  # fmt: skip
         self.nats = server
 
         def listening() -> bool:
@@ -189,6 +193,16 @@ def nats_argv(data_dir: Path, *, port: int | None, sync_always: bool) -> list[st
         )
     )
     return [str(nats_server_binary()), "-c", str(config)]
+
+
+def nats_environment() -> dict[str, str]:
+    """What an embedded NATS runs with: on a small machine it works on one core at a time, unless you say otherwise.
+
+    With two it hands the little it has to do from one thread to the other, and every hand-over takes the cores from the
+    nodes and the worker beside it: docs/decisions/0012-one-core-for-the-embedded-nats.md.
+    """
+    cores = os.cpu_count() or 1
+    return {**({GO_THREADS: "1"} if cores <= SMALL_MACHINE else {}), **os.environ}
 
 
 def redis_argv(data_dir: Path, *, port: int, aof: bool = True) -> list[str]:
