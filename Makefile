@@ -13,8 +13,9 @@ help: ## list every target
 demo: $(STAMP) ## run the main job on embedded NATS and Valkey, and verify it
 	@$(RUN)/ferry demo
 
+# A process for each core, each file of tests in one of them.
 test: $(STAMP) ## run the whole default test suite
-	@$(RUN)/pytest
+	@$(RUN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 SEEDS ?= 2000
 simulate: $(STAMP) ## the whole model, every mutant, 5,000 fuzzed examples a decoder, SEEDS=2000 simulated schedules

@@ -1,4 +1,4 @@
-"""Gives the tests of this folder time for as many examples as are asked for, and says at the end what was tried."""
+"""Gives the tests of this folder time for as many examples as are asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import structlog
 
 from tests.fuzz.effort import TIMEOUT_S
-from tests.fuzz.tally import TALLY
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,10 +36,3 @@ def runner() -> Iterator[asyncio.Runner]:
 
 def _drop(_logger: Any, _method: str, _event: Any) -> Any:
     raise structlog.DropEvent
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TALLY.examples:
-        terminalreporter.section("fuzz")
-        for line in TALLY.lines():
-            terminalreporter.write_line(line)

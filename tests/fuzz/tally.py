@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 
 class Tally:
@@ -18,6 +20,16 @@ class Tally:
 
     def refused(self, error: BaseException) -> None:
         self.refusals[type(error).__name__] += 1
+
+    def told(self) -> dict[str, Any]:
+        """All of it in plain values, for `add` in another process."""
+        return {"examples": dict(self.examples), "refusals": dict(self.refusals), "read": self.read}
+
+    def add(self, told: Mapping[str, Any]) -> None:
+        """What another process has `told`."""
+        self.examples.update(told.get("examples", {}))
+        self.refusals.update(told.get("refusals", {}))
+        self.read += told.get("read", 0)
 
     def lines(self) -> list[str]:
         least, most = min(self.examples.values()), max(self.examples.values())

@@ -122,18 +122,23 @@ def test_a_port_that_is_told_between_two_looks_is_known(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("cores", "chosen", "found"), [(1, None, "1"), (2, None, "1"), (2, "2", "2"), (4, None, None), (4, "3", "3")]
-)
+    ("cores", "sync_always", "chosen", "found"),
+    [
+        (1, True, None, "1"), (2, True, None, "1"), (2, True, "2", "2"), (2, False, None, None),
+        (4, True, None, None), (4, True, "3", "3"),
+    ],
+)  # fmt: skip
 def test_nats_leaves_a_small_machine_to_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, chosen: str | None, found: str | None
-) -> None:
-    """It works on one core at a time there, and on as many as it likes on a larger one; the environment decides."""
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, sync_always: bool, chosen: str | None,
+    found: str | None,
+) -> None:  # fmt: skip
+    """There it works on one core at a time while it syncs each write; the environment has the last word."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.delenv("GOMAXPROCS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("GOMAXPROCS", chosen)
 
-    with EmbeddedServers(tmp_path) as running:
+    with EmbeddedServers(tmp_path, sync_always=sync_always) as running:
         assert running.nats is not None
         assert psutil.Process(running.nats.pid).environ().get("GOMAXPROCS") == found
 

@@ -16,7 +16,7 @@ from routing.errors import FerryError, InvalidInput, Unavailable
 from routing.settings import Settings
 from workflows.local.claim import Claim
 from workflows.local.probe import DEFAULT_PORTS, address_of, port_is_free
-from workflows.local.servers import nats_argv, redis_argv
+from workflows.local.servers import nats_argv, nats_environment, redis_argv
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -59,10 +59,12 @@ def _serve(server: str, settings: Settings) -> int:
             "-l",
             str(data_dir / "nats.log"),
         ]
+        environment = nats_environment(sync_always=settings.nats_sync_always)
     else:
+        environment = dict(os.environ)
         argv = [*redis_argv(data_dir, port=port), "--logfile", str(data_dir / "redis.log")]
     print(f"{server} on port {port}; its log is {data_dir / server}.log", flush=True)
-    os.execv(argv[0], argv)
+    os.execve(argv[0], argv, environment)
 
 
 if __name__ == "__main__":

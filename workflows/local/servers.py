@@ -117,8 +117,8 @@ class EmbeddedServers:
             _check_port("NATS", self._nats_port, "FERRY_NATS_URL")
         argv = nats_argv(self.data_dir, port=self._nats_port, sync_always=self._sync_always)
         server = LocalProcess(
-            "nats-server", argv, env=nats_environment(), log_path=self.data_dir / "nats.log",
-            pass_fds=[self._claims["nats"].descriptor],
+            "nats-server", argv, env=nats_environment(sync_always=self._sync_always),
+            log_path=self.data_dir / "nats.log", pass_fds=[self._claims["nats"].descriptor],
         ).start()  # fmt: skip
         self.nats = server
 
@@ -195,14 +195,14 @@ def nats_argv(data_dir: Path, *, port: int | None, sync_always: bool) -> list[st
     return [str(nats_server_binary()), "-c", str(config)]
 
 
-def nats_environment() -> dict[str, str]:
-    """What an embedded NATS runs with: on a small machine it works on one core at a time, unless you say otherwise.
+def nats_environment(*, sync_always: bool) -> dict[str, str]:
+    """Where an embedded NATS that syncs each write works on one core at a time: on a small machine, unless you say else.
 
     With two it hands the little it has to do from one thread to the other, and every hand-over takes the cores from the
     nodes and the worker beside it: docs/decisions/0012-one-core-for-the-embedded-nats.md.
     """
-    cores = os.cpu_count() or 1
-    return {**({GO_THREADS: "1"} if cores <= SMALL_MACHINE else {}), **os.environ}
+    alone = sync_always and (os.cpu_count() or 1) <= SMALL_MACHINE
+    return {**({GO_THREADS: "1"} if alone else {}), **os.environ}
 
 
 def redis_argv(data_dir: Path, *, port: int, aof: bool = True) -> list[str]:
