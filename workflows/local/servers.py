@@ -196,7 +196,7 @@ def nats_argv(data_dir: Path, *, port: int | None, sync_always: bool) -> list[st
 
 
 def nats_environment(*, sync_always: bool) -> dict[str, str]:
-    """Where an embedded NATS that syncs each write works on one core at a time: on a small machine, unless you say else.
+    """On a small machine an embedded NATS that syncs each write works on one core at a time, unless you say otherwise.
 
     With two it hands the little it has to do from one thread to the other, and every hand-over takes the cores from the
     nodes and the worker beside it: docs/decisions/0012-one-core-for-the-embedded-nats.md.
