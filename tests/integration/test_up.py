@@ -17,6 +17,7 @@ from routing.errors import InvalidInput
 from routing.settings import embedded_urls
 from tests.integration.waiting import ended, until
 from workflows.local.probe import answers
+from workflows.local.servers import nats_environment
 from workflows.local.up import cluster_lines, node_name, procfile, run_up
 
 _PROJECT = Path(__file__).parents[2]
@@ -101,6 +102,15 @@ def test_nothing_outlives_a_cluster_killed_with_sigkill(cluster: subprocess.Pope
     cluster.kill()
 
     assert all(until(lambda process=process: ended(process), within_s=40) for process in family)
+
+
+def test_the_line_of_nats_starts_it_as_the_embedded_one(cluster: subprocess.Popen[str], tmp_path: Path) -> None:
+    """It takes as few cores as the server of a test or a benchmark: see nats_environment."""
+    (server,) = (one for one in psutil.Process(cluster.pid).children(recursive=True) if one.name() == "nats-server")
+
+    started_with = server.environ().get("GOMAXPROCS")
+
+    assert started_with == nats_environment(sync_always=True).get("GOMAXPROCS")
 
 
 def test_a_second_cluster_on_the_same_folder_is_refused(cluster: subprocess.Popen[str], tmp_path: Path) -> None:
