@@ -104,7 +104,7 @@ def test_nothing_outlives_a_cluster_killed_with_sigkill(cluster: subprocess.Pope
     assert all(until(lambda process=process: ended(process), within_s=40) for process in family)
 
 
-def test_the_line_of_nats_starts_it_as_the_embedded_one(cluster: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_the_line_of_nats_starts_it_as_the_embedded_one(cluster: subprocess.Popen[str]) -> None:
     """It takes as few cores as the server of a test or a benchmark: see nats_environment."""
     (server,) = (one for one in psutil.Process(cluster.pid).children(recursive=True) if one.name() == "nats-server")
 

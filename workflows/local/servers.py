@@ -30,7 +30,6 @@ MAX_PAYLOAD_BYTES = 8 * 2**20  # the most nats-server advises; a snapshot must f
 MAX_CONSUMERS = 100_000  # every router watches the map with one; the server's own default of 1,000 a stream is too few
 
 SMALL_MACHINE = 2  # cores
-GO_THREADS = "GOMAXPROCS"
 
 _PORT_TRIES = 5  # a free port can be taken between our look and Redis' bind, hardly five times in a row
 _LOOK_EVERY_S = 0.01
@@ -202,7 +201,7 @@ def nats_environment(*, sync_always: bool) -> dict[str, str]:
     nodes and the worker beside it: docs/decisions/0012-one-core-for-the-embedded-nats.md.
     """
     alone = sync_always and (os.cpu_count() or 1) <= SMALL_MACHINE
-    return {**({GO_THREADS: "1"} if alone else {}), **os.environ}
+    return {**({"GOMAXPROCS": "1"} if alone else {}), **os.environ}
 
 
 def redis_argv(data_dir: Path, *, port: int, aof: bool = True) -> list[str]:
