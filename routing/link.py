@@ -125,6 +125,12 @@ class Link(Protocol):
         What the leader has removed may still be read from another replica. Raises Timeout, Unavailable.
         """
 
+    async def purge(self, stream: str, subject: str, *, before: int, timeout_s: float) -> None:
+        """Remove the subject's messages whose sequence is below `before`. May be asked again.
+
+        Raises Timeout (it may still happen), Unavailable.
+        """
+
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> Subscription:
         """Deliver the last message of every subject matching `subject`, then every later one, in order per subject.
 

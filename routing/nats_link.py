@@ -193,6 +193,11 @@ class NatsLink:
             found |= dict(zip(missing, entries, strict=True))
         return [found[sequence] for sequence in sequences]
 
+    async def purge(self, stream: str, subject: str, *, before: int, timeout_s: float) -> None:
+        answer = await self._ask(f"STREAM.PURGE.{stream}", {"filter": subject, "seq": before}, timeout_s)
+        if (error := answer.get("error")) is not None:
+            raise Unavailable(f"{subject} was not purged: {_said(error)}")
+
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _LinkWatch:
         watch = _LinkWatch(Watch(self._connection, stream, subject, handler), self._watches)
         await watch.start(timeout_s)

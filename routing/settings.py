@@ -65,7 +65,8 @@ class Settings:
     transfer_held_bytes: int = 2**30  # of states on their way, held by a node as source, and as destination
     precopy_from_bytes: int = 1  # states from this size on are sent before the gate is closed
     precopy_bytes_per_s: int = 32 * 2**20  # how fast, because their actors and all others go on meanwhile
-    snapshot_every: int = 32  # commands between two snapshots of an actor
+    snapshot_every: int = 32  # commands between two snapshots of an actor; more for one in pieces
+    snapshot_piece_bytes: int = 512 * 1024  # a larger snapshot is stored in pieces of this size
     dedup_window: int = 128  # latest command ids remembered per actor
     sessions_remembered: int = 64  # ordered sender sessions remembered per actor
     passivate_after_s: float = 600.0

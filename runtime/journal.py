@@ -8,6 +8,10 @@ names, from any replica: its cost does not depend on how much else is in the str
     rejection   error, command's id              decided "no"; logged, or a late duplicate would apply after a "no"
     claim       nothing                          "incarnation i owns this actor at epoch e": fences older owners
     snapshot    state and memory of commands     replaces all before it
+    piece       a part of a snapshot             nothing: a snapshot that names pieces replaces all before them
+
+A snapshot that is larger than a message should be is stored in pieces, each an append like any other, so whoever does
+not own the actor any more cannot store one; the snapshot that names them follows, and then what it replaces is removed.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from routing.jsonlike import shown
 from routing.link import Appended, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
-from runtime.codec import Frame, frame_header, frame_of, join, number, numbers, sequence, split, text
+from runtime.codec import Frame, aside, frame_header, frame_of, join, number, numbers, sequence, split, text
 from runtime.memory import check_memory
 
+PIECES_AT_ONCE = 16
 LOAD_ATTEMPTS = 8  # a snapshot landing while we read removes what we are about to read; then start over
 
 
@@ -35,6 +40,7 @@ class Kind(StrEnum):
     REJECTION = "rejection"
     CLAIM = "claim"
     SNAPSHOT = "snapshot"
+    PIECE = "piece"
 
 
 _SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
@@ -58,6 +64,8 @@ class Record:
     error: dict[str, Any] | None = None
     frame: Frame | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    piece: bytes = b""
+    pieces: tuple[int, ...] = ()  # of a snapshot: what it says is there, and it has neither frame nor memory itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +104,13 @@ class Journal:
         _, subject = self._place_of(actor)
         return await self._link.append(
             subject, encode_record(record), expected=after, timeout_s=self._timeout_s,
-            rollup=record.kind is _SNAPSHOT,
+            rollup=record.kind is _SNAPSHOT and not record.pieces,
         )  # fmt: skip
+
+    async def forget(self, actor: ActorId, *, before: int) -> None:
+        """Remove what a snapshot in pieces has replaced. Raises Timeout, Unavailable."""
+        stream, subject = self._place_of(actor)
+        await self._link.purge(stream, subject, before=before, timeout_s=self._timeout_s)
 
     def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
         """As `append`, without anybody who waits; see Link.append_then."""
@@ -120,9 +133,17 @@ class Journal:
             if tail is None:
                 return History(version=0, epoch=0, records=())
             version, last = tail
-            if (earlier := await self._earlier(actor, last.trail, last)) is not None:
-                return History(version=version, epoch=last.epoch, records=(*earlier, tail))
-        raise Unavailable(f"log of {actor} changed {LOAD_ATTEMPTS} times while being read: try again")
+            if (earlier := await self._earlier(actor, last.trail, last)) is None:
+                continue
+            first, *others = [*earlier, tail]
+            if first[1].pieces:
+                if (whole := await self._put_together(actor, first[1])) is None:
+                    continue
+                first = first[0], whole
+            return History(version=version, epoch=last.epoch, records=(first, *others))
+        raise Unavailable(
+            f"log of {actor} changed {LOAD_ATTEMPTS} times while being read, or lacks what it names: try again"
+        )
 
     async def after(self, actor: ActorId, version: int, tail: tuple[int, Record]) -> History | None:
         """What the log has after `version`, up to its last message `tail`. Raises as `load`.
@@ -136,6 +157,24 @@ class Journal:
         if (earlier := await self._earlier(actor, between, last)) is None:
             return None
         return History(version=last_sequence, epoch=last.epoch, records=(*earlier, tail))
+
+    async def _put_together(self, actor: ActorId, snapshot: Record) -> Record | None:
+        """What a snapshot in pieces says; None when one of them was removed."""
+        stream, subject = self._place_of(actor)
+        parts: list[bytes] = []
+        for first in range(0, len(snapshot.pieces), PIECES_AT_ONCE):
+            sequences = snapshot.pieces[first : first + PIECES_AT_ONCE]
+            for entry in await self._link.read(stream, sequences, timeout_s=self._timeout_s):
+                if entry is None:
+                    return None
+                record = decode_record(entry.payload)
+                if entry.subject != subject or record.kind is not Kind.PIECE:
+                    raise _damaged(actor, stream, entry.sequence)
+                parts.append(record.piece)
+        whole = await aside(sum(map(len, parts)), lambda: decode_record(b"".join(parts)))
+        if whole.frame is None:
+            raise _damaged(actor, stream, snapshot.pieces[0])
+        return whole
 
     async def _earlier(self, actor: ActorId, sequences: Sequence[int], last: Record) -> list[tuple[int, Record]] | None:
         """The records at those of `last.trail`; None when one was removed.
@@ -151,12 +190,16 @@ class Journal:
             record = decode_record(entry.payload)
             until = (*record.trail, entry.sequence)
             if entry.subject != subject or last.trail[: len(until)] != until:
-                raise StateNotPortable(
-                    f"log of {actor} names message {entry.sequence} of stream {stream}, and what is read there is"
-                    " another: a replica is damaged, or the stream was restored in part"
-                )
+                raise _damaged(actor, stream, entry.sequence)
             records.append((entry.sequence, record))
         return records
+
+
+def _damaged(actor: ActorId, stream: str, sequence: int) -> StateNotPortable:
+    return StateNotPortable(
+        f"log of {actor} names message {sequence} of stream {stream}, and what is read there is another:"
+        " a replica is damaged, or the stream was restored in part"
+    )
 
 
 def encode_record(record: Record) -> bytes:
@@ -172,6 +215,10 @@ def encode_record(record: Record) -> bytes:
             header["events"], header["reply"] = record.events, record.reply
         case Kind.REJECTION:
             header["error"] = record.error
+        case Kind.PIECE:
+            return join(header, record.piece)
+        case Kind.SNAPSHOT if record.pieces:
+            header["pieces"] = record.pieces
         case Kind.SNAPSHOT:
             assert record.frame is not None
             header |= {"memory": record.memory, **frame_header(record.frame)}
@@ -192,6 +239,12 @@ def decode_record(payload: bytes) -> Record:
             case Kind.REJECTION:
                 record.message_id, record.session, record.number = _command_of(header)
                 record.error = _error(header)
+            case Kind.PIECE:
+                record.piece = body
+            case Kind.SNAPSHOT if "pieces" in header:
+                if not (pieces := numbers(header, "pieces")):
+                    raise InvalidInput("a snapshot in no pieces")
+                record.pieces = pieces
             case Kind.SNAPSHOT:
                 record.memory, record.frame = check_memory(header.get("memory")), frame_of(header, body)
             case Kind.CLAIM:

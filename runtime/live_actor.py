@@ -88,7 +88,8 @@ class LiveActor:
         """`record`, whose events the instance already has, landed in the log as `version`."""
         assert self.memory is not None
         remember(self.memory, record)
-        self.trail = (version,) if record.kind is Kind.SNAPSHOT else (*self.trail, version)
+        if record.kind is not Kind.PIECE:  # of no use to anybody but the snapshot that names it
+            self.trail = (version,) if record.kind is Kind.SNAPSHOT else (*self.trail, version)
         self.version, self.epoch = version, record.epoch
 
     # -- deciding ----------------------------------------------------------------------------------------------------

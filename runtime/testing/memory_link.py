@@ -194,6 +194,12 @@ class MemoryLink:
             *(self._call(fate, stream, partial(look, one, fate), timeout_s) for one, fate in fates)
         )
 
+    async def purge(self, stream: str, subject: str, *, before: int, timeout_s: float) -> None:
+        def remove() -> None:
+            self._server.stream(stream).purge(subject, before=before)
+
+        await self._call(self._fate("append", subject), subject, remove, timeout_s)
+
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _MemoryWatch:
         watch = _MemoryWatch(self, self._server, stream, subject, handler)
         try:

@@ -71,6 +71,11 @@ class MemoryStream:
         replaced = self._replaced.get(subject)
         return self.last(subject) if not replaced else replaced[-min(by, len(replaced))]
 
+    def purge(self, subject: str, *, before: int) -> None:
+        for sequence in self.by_subject.get(subject, [])[:]:
+            if sequence < before:
+                self._remove(sequence)
+
     def truncate(self, sequence: int) -> list[Entry]:
         """Lose every entry after `sequence` and give their sequences out anew; returns the lost ones."""
         lost = [entry for number, entry in self.entries.items() if number > sequence]

@@ -343,6 +343,23 @@ class TestStreams:
             sequence=cast(int, snapshot), subject="ev.a", payload=b"all"
         )
 
+    async def test_a_purge_removes_what_stands_before_a_sequence(self, link_pair: LinkPair) -> None:
+        """Property: of its subject only, and as often as it is asked; the subject's end is what it was."""
+        alice, _ = link_pair
+        await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+        first = await alice.append("ev.a", b"1", expected=0, timeout_s=WAIT_S)
+        other = await alice.append("ev.a.b", b"x", expected=0, timeout_s=WAIT_S)
+        second = await alice.append("ev.a", b"2", expected=first, timeout_s=WAIT_S)
+        third = await alice.append("ev.a", b"3", expected=second, timeout_s=WAIT_S)
+
+        for _ in range(2):
+            await alice.purge("journal", "ev.a", before=second, timeout_s=WAIT_S)
+
+        gone, *left = await alice.read("journal", [first, other, second, third], timeout_s=WAIT_S)
+        assert gone is None
+        assert [entry.payload for entry in left if entry is not None] == [b"x", b"2", b"3"]
+        assert await alice.append("ev.a", b"4", expected=third, timeout_s=WAIT_S) == third + 1
+
     async def test_a_stream_keeps_as_many_messages_per_subject_as_wanted(self, link_pair: LinkPair) -> None:
         """Property: with `keep=1` the newest replaces the one before."""
         alice, _ = link_pair

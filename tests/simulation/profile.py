@@ -71,6 +71,7 @@ class Profile:
     buffer_messages: int = 10_000
     mailbox_messages: int = 1_000
     snapshot_every: int = 32
+    snapshot_piece_bytes: int = 512 * 1024
     dedup_window: int = 128
     moves_at_once: int = 2
     precopy_from_bytes: int = 1
@@ -98,7 +99,10 @@ def draw(chance: Random) -> Profile:
         slow=chance.choice((0.0, 0.01, 0.05)),
         lagging=chance.choice((0.0, 0.0, 0.02)),
         pins=chance.choice((0.0, 0.3, 0.6)),
+        snapshot_piece_bytes=chance.choice((512 * 1024, 150)),  # all snapshots in one message, or many in several
     )
+    if profile.truncated:  # the chronicle cannot tell what the server had left of a log that lost such a snapshot
+        profile = replace(profile, snapshot_piece_bytes=512 * 1024)
     rough_network = {"lost": rate, "lost_answer": rate, "late": rate, "doubled": rate, "stale": rate}
     rough_tasks = {"tasks_lost": 0.05, "tasks_doubled": 0.1, "tasks_late": 0.1}
     match weather:

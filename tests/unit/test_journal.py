@@ -56,6 +56,8 @@ RECORDS = st.one_of(
     ),
     st.builds(Record, kind=st.just(Kind.CLAIM), **COMMON),
     st.builds(Record, kind=st.just(Kind.SNAPSHOT), frame=st.just(FRAME), memory=st.just(MEMORY), **COMMON),
+    st.builds(Record, kind=st.just(Kind.SNAPSHOT), pieces=TRAILS.filter(bool), **COMMON),
+    st.builds(Record, kind=st.just(Kind.PIECE), piece=st.binary(min_size=1), **COMMON),
 )
 
 
