@@ -262,6 +262,11 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
         result = handler.call(instance, arguments)
         if inspect.isawaitable(result):
             result = await result
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # whoever runs this is told to end, not the handler
+        raise _met_cancelled(handler) from error
     finally:
         instance._emitted = None
     if instance._spoiled is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
@@ -14,6 +15,7 @@ from runtime.journal import History, Journal, Kind, Record
 from runtime.live_actor import LiveActor, replay
 from runtime.memory import Limits
 from runtime.rules import Standing
+from runtime.turn import Turn
 from runtime.unit import Unit
 
 
@@ -50,7 +52,7 @@ class CatchUp:
             history = await self._journal.load(live.actor_id)
             still_alone()
             self._check(unit, live, history.version, history.epoch)
-            self._restore(live, history)
+            await self._restore(live, history, still_alone)
             self._counters["activations"] += 1
         if rules.must_claim(tail_epoch=live.epoch, fence=unit.fence):
             claim = Record(kind=Kind.CLAIM, epoch=unit.epoch, incarnation=self._incarnation, trail=live.trail)
@@ -76,12 +78,12 @@ class CatchUp:
         if tail is not None and tail[0] > live.version:
             await self._replay_to(live, tail, lambda: None)
             if live.dirty:
-                self._restore(live, await self._journal.load(live.actor_id))
+                await self._restore(live, await self._journal.load(live.actor_id))
 
-    def _restore(self, live: LiveActor, history: History) -> None:
-        live.restore(
+    async def _restore(self, live: LiveActor, history: History, still_alone: Callable[[], None] = lambda: None) -> None:
+        await live.restore(
             self._classes.get(live.actor_id.actor_type), history, limits=Limits.of(self._settings),
-            max_state_bytes=self._settings.max_state_bytes,
+            max_state_bytes=self._settings.max_state_bytes, still_alone=still_alone,
         )  # fmt: skip
 
     async def _replay_to(self, live: LiveActor, tail: tuple[int, Record], still_alone: Callable[[], None]) -> None:
@@ -92,8 +94,11 @@ class CatchUp:
         still_alone()
         if history is None or live.instance is None:
             return
+        turn = Turn(asyncio.get_running_loop().time)
         for _, record in history.records:
             replay(live.instance, live.memory, record)
+            if await turn.over():
+                still_alone()
         live.stand_at(
             live.instance, live.memory, version=history.version, epoch=history.epoch,
             trail=(*tail[1].trail, history.version),

@@ -21,7 +21,18 @@ import structlog
 from routing import control, shard_map
 from routing.control import ROWS_PER_PAGE, ManifestRow, StepRequest
 from routing.directory import Directory
-from routing.errors import Busy, FerryError, InvalidInput, NotApplicable, PayloadTooLarge, Timeout, Unavailable, to_wire
+from routing.errors import (
+    Busy,
+    FerryError,
+    InvalidInput,
+    NotApplicable,
+    PayloadTooLarge,
+    StateNotPortable,
+    Timeout,
+    Unavailable,
+    UnknownActorType,
+    to_wire,
+)
 from routing.failpoints import Failpoints
 from routing.link import Link
 from routing.settings import Settings
@@ -33,6 +44,7 @@ from runtime.chunks import ChunkSender
 from runtime.codec import number, numbers, text
 from runtime.errand import Errand
 from runtime.host import Host
+from runtime.live_actor import LiveActor
 from runtime.mailbox import Mailboxes
 from runtime.outgoing import Leaving, Outgoing, manifest_pages
 from runtime.precopy import Precopy
@@ -206,8 +218,8 @@ class Handover:
         for live in list(unit.actors.values()):
             if live.instance is None:
                 continue  # its first message came with the gate: the log has all there is of it
-            if live.dirty or not live.unverified:
-                await self._catch_up.make_current(unit, live, still_alone)
+            if (live.dirty or not live.unverified) and not await self._made_current(unit, live, still_alone):
+                continue
             # else it came by a move and nobody has used it since: it goes on as it came, and is compared with its log
             # before its first use there as it would have been here. Reading a thousand logs now would be half a second.
             known = outgoing.precopied.get(live.actor_id)
@@ -221,6 +233,18 @@ class Handover:
             if await turn.over():
                 still_alone()
         return leaving
+
+    async def _made_current(self, unit: Unit, live: LiveActor, still_alone: Callable[[], None]) -> bool:
+        """False for an actor that is nothing but its log, which this node cannot read: it must not keep the others."""
+        dirty = live.dirty
+        try:
+            await self._catch_up.make_current(unit, live, still_alone)
+        except (StateNotPortable, PayloadTooLarge, UnknownActorType) as error:
+            if not dirty:
+                raise
+            log.warning("left to its log", actor=str(live.actor_id), error=str(error))
+            return False
+        return True
 
     async def serialize(self, request: StepRequest) -> dict[str, Any]:
         """Turn captured state into bytes. Answers a page of rows with sizes. Raises PayloadTooLarge."""

@@ -16,6 +16,7 @@ not own the actor any more cannot store one; the snapshot that names them follow
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,13 +26,14 @@ from typing import Any, assert_never
 from routing.address import IDS_RECALLED, ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.jsonlike import shown
-from routing.link import Appended, Link
+from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
 from runtime.codec import Frame, aside, frame_header, frame_of, join, number, numbers, sequence, split, text
 from runtime.memory import check_memory
+from runtime.turn import Turn
 
-PIECES_AT_ONCE = 16
+PIECES_AT_ONCE, ENTRIES_AT_ONCE = 16, 256  # messages that are read at once, each time with a deadline of its own
 LOAD_ATTEMPTS = 8  # a snapshot landing while we read removes what we are about to read; then start over
 
 
@@ -160,46 +162,56 @@ class Journal:
 
     async def _put_together(self, actor: ActorId, snapshot: Record) -> Record | None:
         """What a snapshot in pieces says; None when one of them was removed."""
-        stream, subject = self._place_of(actor)
-        parts: list[bytes] = []
-        for first in range(0, len(snapshot.pieces), PIECES_AT_ONCE):
-            sequences = snapshot.pieces[first : first + PIECES_AT_ONCE]
-            for entry in await self._link.read(stream, sequences, timeout_s=self._timeout_s):
-                if entry is None:
-                    return None
-                record = decode_record(entry.payload)
-                if entry.subject != subject or record.kind is not Kind.PIECE:
-                    raise _damaged(actor, stream, entry.sequence)
-                parts.append(record.piece)
+        if (entries := await self._read(actor, snapshot.pieces, PIECES_AT_ONCE)) is None:
+            return None
+        parts = []
+        for entry in entries:
+            record = decode_record(entry.payload)
+            if record.kind is not Kind.PIECE:
+                raise self._damaged(actor, entry)
+            parts.append(record.piece)
         whole = await aside(sum(map(len, parts)), lambda: decode_record(b"".join(parts)))
         if whole.frame is None:
-            raise _damaged(actor, stream, snapshot.pieces[0])
+            raise self._damaged(actor, entries[0])
         return whole
 
     async def _earlier(self, actor: ActorId, sequences: Sequence[int], last: Record) -> list[tuple[int, Record]] | None:
-        """The records at those of `last.trail`; None when one was removed.
+        """The records at those of `last.trail`, which are its end; None when one was removed.
 
         Each names those before it, so what was read must fit: another actor's message, or one of another place in the
         log, which only a damaged replica gives, is an error and not another state.
         """
-        stream, subject = self._place_of(actor)
-        records: list[tuple[int, Record]] = []
-        for entry in await self._link.read(stream, sequences, timeout_s=self._timeout_s):
-            if entry is None:
-                return None
+        if (entries := await self._read(actor, sequences, ENTRIES_AT_ONCE)) is None:
+            return None
+        records, turn = [], Turn(asyncio.get_running_loop().time)
+        for place, entry in enumerate(entries, start=len(last.trail) - len(sequences)):
             record = decode_record(entry.payload)
-            until = (*record.trail, entry.sequence)
-            if entry.subject != subject or last.trail[: len(until)] != until:
-                raise _damaged(actor, stream, entry.sequence)
+            if len(record.trail) != place or record.trail[-1:] != last.trail[max(place - 1, 0) : place]:
+                raise self._damaged(actor, entry)
             records.append((entry.sequence, record))
+            await turn.over()  # a long log must not hold up the commands of others
         return records
 
+    async def _read(self, actor: ActorId, sequences: Sequence[int], at_once: int) -> list[Entry] | None:
+        """The messages of an actor's log at `sequences`; None when one was removed."""
+        stream, subject = self._place_of(actor)
+        entries = []
+        for first in range(0, len(sequences), at_once):
+            wanted = sequences[first : first + at_once]
+            for entry in await self._link.read(stream, wanted, timeout_s=self._timeout_s):
+                if entry is None:
+                    return None
+                if entry.subject != subject:
+                    raise self._damaged(actor, entry)
+                entries.append(entry)
+        return entries
 
-def _damaged(actor: ActorId, stream: str, sequence: int) -> StateNotPortable:
-    return StateNotPortable(
-        f"log of {actor} names message {sequence} of stream {stream}, and what is read there is another:"
-        " a replica is damaged, or the stream was restored in part"
-    )
+    def _damaged(self, actor: ActorId, entry: Entry) -> StateNotPortable:
+        stream, _ = self._place_of(actor)
+        return StateNotPortable(
+            f"log of {actor} names message {entry.sequence} of stream {stream}, and what is read there is another:"
+            " a replica is damaged, or the stream was restored in part"
+        )
 
 
 def encode_record(record: Record) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from runtime.codec import Frame, aside, bytes_of_plain, capture_state, pack, res
 from runtime.delivery import Delivery
 from runtime.journal import History, Kind, Record
 from runtime.memory import Limits, Memory
+from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.actor")
 
@@ -55,9 +57,16 @@ class LiveActor:
         self.snapshot_from = 0  # how long the log has to be before a snapshot that failed is tried again
 
     # -- standing at a version ---------------------------------------------------------------------------------------
-    def restore(self, actor_class: type[Actor], history: History, *, limits: Limits, max_state_bytes: int) -> None:
-        """Become the state at the end of `history`. Raises StateNotPortable, PayloadTooLarge."""
+    async def restore(
+        self, actor_class: type[Actor], history: History, *, limits: Limits, max_state_bytes: int,
+        still_alone: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Become the state at the end of `history`, unless `still_alone` raises: others run while a log is long.
+
+        Raises StateNotPortable, PayloadTooLarge.
+        """
         instance, memory = new_instance(actor_class), Memory(limits)
+        turn = Turn(asyncio.get_running_loop().time)
         for _, record in history.records:
             if record.kind is Kind.SNAPSHOT:
                 assert record.frame is not None
@@ -67,6 +76,8 @@ class LiveActor:
                 memory = Memory.from_document(record.memory, limits)
             else:
                 replay(instance, memory, record)
+            if await turn.over():
+                still_alone()
         self.stand_at(instance, memory, version=history.version, epoch=history.epoch, trail=history.trail)
 
     def stand_at(self, instance: Actor, memory: Memory, *, version: int, epoch: int, trail: tuple[int, ...]) -> None:

@@ -277,7 +277,10 @@ class Mailboxes:
             except PermanentError as error:
                 self._host.counters["failed_activations"] += 1
                 log.error("actor cannot serve", actor=str(command.actor), error=str(error))
-                self._answer(unit, delivery, Answer(error=error))
+                refusal: FerryError = error
+                if maybe_landed:
+                    refusal = InDoubt(f"{command.name!r} may have been applied; now its actor cannot serve: {error}")
+                self._answer(unit, delivery, Answer(error=refusal))
                 return
             else:
                 self._answer(unit, delivery, answer)

@@ -147,9 +147,10 @@ class Unit:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
-                while self.before is not None:
-                    await self.before._quiet.wait()
-                    self.before = self.before.before
+                while (before := self.before) is not None:
+                    await before._quiet.wait()
+                    if self.before is before:  # else another pause has waited for the same, and gone on
+                        self.before = before.before
         except TimeoutError as error:
             running = self.running + (self.before.running if self.before is not None else 0)
             raise Busy(f"{running} handlers of {self.name} still run after {timeout_s:g} s") from error

@@ -153,7 +153,7 @@ async def stale_memory(small: SmallCluster) -> Any:
     first = small.log("k")[0]
     live = LiveActor(KEY)
     history = History(version=first.sequence, epoch=1, records=((first.sequence, decode_record(first.payload)),))
-    live.restore(Ledger, history, limits=Limits.of(small.settings), max_state_bytes=2**20)
+    await live.restore(Ledger, history, limits=Limits.of(small.settings), max_state_bytes=2**20)
     return live
 
 
