@@ -109,6 +109,7 @@ _PINS = Profile(
     shards=1, actors=2, senders=4, commands=25, rough_s=8.0, move_every_s=0.1, pins=0.8, slow_handlers=0.4,
     fault_every_s=1.5, faults={"kill": 1, "stop": 2, "partition": 1}, victims={"node": 1}, late=0.02,
 )  # fmt: skip
+_IN_PIECES = replace(_NETWORK_FAILS, snapshot_every=4, snapshot_piece_bytes=100, lost=0.06)
 _MOVES = Profile(shards=2, actors=2, commands=14, move_every_s=0.12, sessions=1.0, fault_every_s=2.0, late=0.03)
 
 
@@ -320,6 +321,17 @@ def _t15() -> list[Patch]:
     return [*_stale_resume(), *_t1(), _no_second_look()]
 
 
+def _t16() -> list[Patch]:
+    real = Journal.append
+
+    async def append(self: Journal, actor: Any, record: Record, *, after: int) -> int:
+        if record.pieces:
+            await self.forget(actor, before=record.pieces[0])
+        return await real(self, actor, record, after=after)
+
+    return [mock.patch.object(Journal, "append", append)]
+
+
 def _s1() -> list[Patch]:
     return [_overdue(paused=True, locked=False), _no_reconciler()]
 
@@ -437,6 +449,13 @@ MUTANTS: tuple[Mutant, ...] = (
         symptom="stale owner",
         covered_by="T14, T1",
         cover=lambda: [*_t1(), _no_second_look()],
+    ),
+    Mutant(
+        name="T16",
+        seed=5,
+        rule="a snapshot is stored before what it replaces is removed",
+        patches=_t16,
+        profile=_IN_PIECES,
     ),
     Mutant(
         name="S1",
