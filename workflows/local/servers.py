@@ -26,7 +26,7 @@ from workflows.local.claim import Claim
 from workflows.local.probe import free_port, port_is_free, redis_process_id
 from workflows.local.process import LocalProcess
 
-MAX_PAYLOAD_BYTES = 8 * 2**20  # the most nats-server advises; a snapshot must fit, larger states travel in chunks
+MAX_PAYLOAD_BYTES = 8 * 2**20  # the most nats-server advises; a command with its events and its reply must fit
 MAX_CONSUMERS = 100_000  # every router watches the map with one; the server's own default of 1,000 a stream is too few
 
 SMALL_MACHINE = 2  # cores
