@@ -171,11 +171,13 @@ class StagedActors:
             raise StateNotPortable(f"{row.actor_id} of move {move} is not what was announced")
         return portable, portable.state(self._settings.max_state_bytes)
 
-    async def catch_up(self, move: str, replay_on: Callable[[LiveActor], Awaitable[None]]) -> None:
+    async def catch_up(
+        self, move: str, replay_on: Callable[[LiveActor], Awaitable[None]], *, until_s: float = math.inf
+    ) -> bool:
         """Bring the actors that have changed since they were copied to the version they are announced at.
 
-        One that cannot be brought there is lacking from then on: half a replay is no state. Raises what reading the
-        log and replaying raise.
+        After `until_s` on the clock it stops and returns False: ask again. One that cannot be brought there is lacking
+        from then on: half a replay is no state. Raises what reading the log and replaying raise.
         """
         staging = self._moves.get(move)
         if staging is None:
@@ -184,6 +186,8 @@ class StagedActors:
             for arriving in list(staging.actors.values()):
                 live, row = arriving.live, arriving.row
                 if live is not None and live.version < row.version:
+                    if self._clock() >= until_s:
+                        return False
                     arriving.live = None
                     try:
                         await replay_on(live)
@@ -195,6 +199,7 @@ class StagedActors:
                         raise
                     live.unverified = True
                     arriving.live = live
+        return True
 
     def announced(self, move: str) -> int:
         staging = self._moves.get(move)

@@ -76,6 +76,6 @@ class Reception:
     async def _verified_here(self, move: str, *, ahead: bool = False) -> dict[str, Any]:
         until_s = self._clock() + self._settings.append_timeout_s * PATIENCE
         ready = await self._arrivals.verify(move, until_s=until_s, ahead=ahead)
-        await self._arrivals.catch_up(move, self._catch_up.replay_on)
+        current = await self._arrivals.catch_up(move, self._catch_up.replay_on, until_s=until_s)
         answer: dict[str, Any] = {"actors": ready, "incarnation": self._host.incarnation}
-        return answer if ready == self._arrivals.announced(move) else answer | {"pending": True}
+        return answer if current and ready == self._arrivals.announced(move) else answer | {"pending": True}

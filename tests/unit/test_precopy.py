@@ -567,3 +567,26 @@ async def test_a_refusal_that_the_answer_to_the_pause_came_too_early_for_is_told
         assert "not this one" in str(told["send"]["error"])
         assert list(again) == ["capture", "serialize", "send", "await_ack"]
         assert all("ok" in answer for answer in again.values())
+
+
+@virtually
+async def test_a_long_catch_up_is_asked_for_again() -> None:
+    """Many actors that have changed since: reading their logs may take longer than one question, and goes on."""
+    keys = [f"k{number}" for number in range(60)]
+    async with cluster("a", "b", latency=lambda: 0.02, append_timeout_s=1.0, precopy_bytes_per_s=10**9) as small:
+        for key in keys:
+            await small.send(key, "write", entry=1)
+        request = await small.lock("m", "b")
+        await small.step("precopy", request)
+        for key in keys:
+            await small.send(key, "write", entry=2)
+        await small.steps(request, until_verb="send")
+        before = len(small.messages_to("verify"))
+
+        await small.step("await_ack", request)
+        asked = len(small.messages_to("verify")) - before
+        await small.step("commit", request)
+
+        assert asked > 1
+        assert counter(small, "b", "replayed") == len(keys)
+        assert [await small.send(key, "read") for key in keys] == [[1, 2]] * len(keys)
