@@ -31,8 +31,8 @@ import math
 from typing import Any
 
 # Whatever a plain function may raise that is not ours. CancelledError is no cancellation then: it read the result of a
-# future that was cancelled.
-HANDLER_ERRORS = (Exception, asyncio.CancelledError)
+# future that was cancelled. SystemExit is no end of the process: it is not the function's to end.
+HANDLER_ERRORS = (Exception, asyncio.CancelledError, SystemExit)
 
 
 class FerryError(Exception):

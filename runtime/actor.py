@@ -112,6 +112,8 @@ class Handler:
             return self.function(instance, **jsonlike.copy(arguments)) if arguments else self.function(instance)
         except asyncio.CancelledError as error:  # it read a cancelled future's result: nobody cancels a plain function
             raise _met_cancelled(self) from error
+        except SystemExit as error:
+            raise _quit(self) from error
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raises InvalidInput when the arguments do not fit the signature."""
@@ -267,6 +269,8 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
         if task is not None and task.cancelling():
             raise  # whoever runs this is told to end, not the handler
         raise _met_cancelled(handler) from error
+    except SystemExit as error:
+        raise _quit(handler) from error
     finally:
         instance._emitted = None
     if instance._spoiled is not None:
@@ -282,6 +286,8 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
         result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
     except asyncio.CancelledError as error:
         raise _met_cancelled(handler) from error
+    except SystemExit as error:
+        raise _quit(handler) from error
     if type(result) is int and -jsonlike.SMALL < result < jsonlike.SMALL:  # as `copy` finds it, without the call
         return result
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
@@ -315,6 +321,10 @@ def _reply_at_once(handler: Handler, result: Any) -> Any:
 
 def _met_cancelled(handler: Handler) -> HandlerFailed:
     return HandlerFailed(f"{handler.name} met what was cancelled")
+
+
+def _quit(handler: Handler) -> HandlerFailed:
+    return HandlerFailed(f"{handler.name} raised SystemExit: an actor does not end its node")
 
 
 def _went_on(handler: Handler) -> HandlerFailed:

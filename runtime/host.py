@@ -23,6 +23,7 @@ from routing.errors import (
     InDoubt,
     Moved,
     NotApplicable,
+    PayloadTooLarge,
     PermanentError,
     Timeout,
     TransientError,
@@ -364,7 +365,12 @@ class Host:
             except TypeError:
                 problem = f"{command.name!r} of {command.actor} answered with a value that is not JSON-like"
                 payload = encode_answer(Answer(error=HandlerFailed(problem), owner=answer.owner, epoch=answer.epoch))
-            self._link.answer(reply, payload)
+            try:
+                self._link.answer(reply, payload)
+            except PayloadTooLarge as error:  # a query's: what a command answers is in its log, and smaller than that
+                problem = f"the answer of {command.name!r} of {command.actor} is too large: {error}"
+                payload = encode_answer(Answer(error=PayloadTooLarge(problem), owner=answer.owner, epoch=answer.epoch))
+                self._link.answer(reply, payload)
         except Unavailable:
             self._post(self._link.publish(reply, payload))  # which waits for a server that has much to take
         except FerryError as error:

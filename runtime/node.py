@@ -10,6 +10,7 @@ A kill -9 at any point loses nothing: every acknowledged command is in the journ
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -61,8 +62,8 @@ class Node:
     ) -> None:  # fmt: skip
         if not settings.node_id:
             raise InvalidInput("a node needs an id: give --id or set FERRY_NODE_ID")
-        if weight <= 0:
-            raise InvalidInput(f"weight {weight:g} of node {settings.node_id}: must be greater than 0")
+        if not 0 < weight < math.inf:
+            raise InvalidInput(f"weight {weight:g} of node {settings.node_id}: must be finite and greater than 0")
         self.id, self.incarnation = settings.node_id, incarnation or uuid.uuid4().hex
         self.state = NodeState.UP
         self._settings, self._link, self._transfer_link, self._classes = settings, link, transfer_link, classes

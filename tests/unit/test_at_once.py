@@ -50,7 +50,7 @@ class Odd(Actor):
             with contextlib.suppress(ZeroDivisionError):
                 self.emit("spoiled")
             return self.total
-        raise asyncio.CancelledError if how == "cancelled" else Unspeakable
+        raise {"cancelled": asyncio.CancelledError, "quits": SystemExit}.get(how, Unspeakable)
 
     @query
     def ask(self, *, how: str) -> int:
@@ -59,6 +59,8 @@ class Odd(Actor):
                 raise Rejected("no")
             case "cancelled":
                 raise asyncio.CancelledError
+            case "quits":
+                raise SystemExit(3)
             case "unspeakable":
                 raise Unspeakable
         return self.total
@@ -199,7 +201,7 @@ async def test_a_mistake_after_an_append_ends_the_node() -> None:
 
 
 @virtually
-@pytest.mark.parametrize("how", ["swallows", "cancelled", "unspeakable"])
+@pytest.mark.parametrize("how", ["swallows", "cancelled", "unspeakable", "quits"])
 async def test_however_a_plain_handler_fails_that_is_its_senders_answer(how: str) -> None:
     """It is logged, and what it had changed before is forgotten."""
     async with odd_cluster() as small:
@@ -212,7 +214,7 @@ async def test_however_a_plain_handler_fails_that_is_its_senders_answer(how: str
 
 
 @virtually
-@pytest.mark.parametrize("how", ["cancelled", "unspeakable"])
+@pytest.mark.parametrize("how", ["cancelled", "unspeakable", "quits"])
 async def test_however_a_plain_query_fails_that_is_its_senders_answer(how: str) -> None:
     """A caller in the same process is not cancelled by it."""
     async with odd_cluster() as small:

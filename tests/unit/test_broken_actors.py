@@ -11,7 +11,7 @@ import pytest
 
 from routing.address import ActorId
 from routing.envelope import Command
-from routing.errors import HandlerFailed, InDoubt, StateNotPortable
+from routing.errors import HandlerFailed, InDoubt, PayloadTooLarge, StateNotPortable
 from runtime.actor import Actor, command, event, query
 from runtime.unit import Buffer, Unit
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, answered, cluster
@@ -38,6 +38,15 @@ class Odd(Actor):
     async def meet_cancelled(self) -> int:
         await cancelled()
         return 1
+
+    @command
+    async def quit(self) -> int:
+        await asyncio.sleep(0)
+        raise SystemExit(3)
+
+    @query
+    def large(self, *, size_bytes: int) -> str:
+        return "x" * size_bytes
 
     @query
     async def ask_cancelled(self) -> int:
@@ -76,14 +85,27 @@ async def test_a_handler_that_meets_what_was_cancelled_has_failed() -> None:
     async with cluster() as small:
         await with_odd(small)
 
-        futures = [await small.post("a", to_odd(name)) for name in ("meet_cancelled", "ask_cancelled", "add")]
-        refused, asked, added = [await answered(future) for future in futures]
+        futures = [await small.post("a", to_odd(name)) for name in ("meet_cancelled", "ask_cancelled", "quit", "add")]
+        refused, asked, quitted, added = [await answered(future) for future in futures]
 
         assert isinstance(refused.error, HandlerFailed)
         assert isinstance(asked.error, HandlerFailed)
+        assert isinstance(quitted.error, HandlerFailed)
         assert added.value == 2
         with pytest.raises(HandlerFailed, match="cancelled"):
             await small.router.send_message(ODD, "meet_cancelled", {}, message_id="m-meet_cancelled")
+
+
+@virtually
+async def test_an_answer_that_is_too_large_to_be_sent_is_told_at_once() -> None:
+    """Nobody waits for it until the end of the timeout, and the query is not run again and again."""
+    async with cluster() as small:
+        await with_odd(small)
+
+        with pytest.raises(PayloadTooLarge, match="the answer of 'large' of odd/k"):
+            await small.router.send_message(ODD, "large", {"size_bytes": 2**21}, timeout_s=20.0)
+
+        assert len([subject for kind, subject in small.messages if kind == "request" and ".cmd.a." in subject]) == 2
 
 
 @virtually
