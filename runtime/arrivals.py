@@ -28,7 +28,7 @@ from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.arrivals")
 
-HEADER_ALLOWANCE_BYTES = 2**20  # the memory of commands and the trail travel beside the state
+HEADER_ALLOWANCE_BYTES = 32 * 2**20  # the memory of commands and the trail travel beside the state
 
 
 @dataclass(slots=True)

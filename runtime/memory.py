@@ -1,6 +1,9 @@
 """What an actor remembers of the commands it has answered, so that a repeated one is applied once.
 
 All of it derives from the log: every entry carries its command's id and answer, every snapshot the whole memory.
+
+Large replies are remembered while they are few; of older ones only that there was one, so that a repeated command is
+still applied once, and told that it was.
 """
 
 from __future__ import annotations
@@ -10,12 +13,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from routing import errors
 from routing.envelope import Answer
-from routing.errors import InvalidInput
+from routing.errors import InDoubt, InvalidInput
 from routing.jsonlike import shown
 from routing.session_id import IN_FLIGHT, opened_at
 from routing.settings import Settings
+
+REPLIES_BYTES = 4 * 2**20  # of large replies, remembered of plain commands, and as much of those in sessions
+LARGE_BYTES = 1024  # smaller ones are few thousands at most
+_NOT_LARGE = frozenset({int, float, bool, type(None)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class AnsweredCommands:
     longest retry.
     """
 
-    __slots__ = ("_errors", "_ids", "_limit", "_replies")
+    __slots__ = ("_errors", "_ids", "_large", "_limit", "_replies")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -69,6 +78,7 @@ class AnsweredCommands:
         # The same, oldest first, once one has to go: a dict's first key is found the later the more have gone.
         self._ids: deque[str] | None = None
         self._errors: dict[str, dict[str, Any]] = {}  # of those that were refused
+        self._large: _LargeReplies | None = None
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -81,12 +91,18 @@ class AnsweredCommands:
             self._errors[message_id] = error
         elif self._errors:
             self._errors.pop(message_id, None)
+        if type(reply) not in _NOT_LARGE:
+            self._large = self._large or _LargeReplies()
+            for forgotten in self._large.add(message_id, reply):
+                self._replies[forgotten], self._errors[forgotten] = None, _FORGOTTEN
         if len(self._replies) > self._limit:
             if self._ids is None:
                 self._ids = deque(self._replies)
             oldest = self._ids.popleft()
             del self._replies[oldest]
             self._errors.pop(oldest, None)
+            if self._large is not None:
+                self._large.remove(oldest)
 
     def answer_to(self, message_id: str) -> Answer | None:
         if message_id not in self._replies:
@@ -119,11 +135,12 @@ class AnsweredSessions:
     The session unused for longest is forgotten first; `floor` is the latest opening of any forgotten one.
     """
 
-    __slots__ = ("_limit", "_sessions", "floor")
+    __slots__ = ("_large", "_limit", "_sessions", "floor")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._sessions: OrderedDict[str, tuple[int, OrderedDict[int, list[Any]]]] = OrderedDict()
+        self._large: _LargeReplies | None = None
         self.floor = 0
 
     def __len__(self) -> int:
@@ -135,11 +152,20 @@ class AnsweredSessions:
         _, replies = self._sessions.pop(session, (0, OrderedDict()))
         replies[number] = [reply] if error is None else [None, error]
         while len(replies) > IN_FLIGHT:
-            replies.popitem(last=False)
+            oldest, _ = replies.popitem(last=False)
+            if self._large is not None:
+                self._large.remove((session, oldest))
         self._sessions[session] = (number, replies)
+        if type(reply) not in _NOT_LARGE:
+            self._large = self._large or _LargeReplies()
+            for of, earlier in self._large.add((session, number), reply):
+                self._sessions[of][1][earlier] = [None, _FORGOTTEN]
         while len(self._sessions) > self._limit:
-            forgotten, _ = self._sessions.popitem(last=False)
+            forgotten, (_, its_replies) = self._sessions.popitem(last=False)
             self.floor = max(self.floor, opened_at(forgotten))
+            if self._large is not None:
+                for earlier in its_replies:
+                    self._large.remove((forgotten, earlier))
 
     def last(self, session: str) -> int | None:
         """The latest number decided for a session; None when it is not known (any more)."""
@@ -172,6 +198,38 @@ class AnsweredSessions:
             if sessions.last(session) != last:
                 raise InvalidInput(f"session {session} ends at {last}, but its last reply is another's")
         return sessions
+
+
+class _LargeReplies:
+    """The large replies that are remembered, oldest first, by a key of their own."""
+
+    __slots__ = ("_bytes", "_sizes")
+
+    def __init__(self) -> None:
+        self._sizes: dict[Any, int] = {}
+        self._bytes = 0
+
+    def add(self, key: Any, reply: Any) -> list[Any]:
+        """Returns whose replies are to be forgotten for that; the newest never is."""
+        self.remove(key)
+        size = len(reply) if type(reply) is str else len(orjson.dumps(reply))
+        if size < LARGE_BYTES:
+            return []
+        self._sizes[key] = size
+        self._bytes += size
+        forgotten = []
+        while self._bytes > REPLIES_BYTES and len(self._sizes) > 1:
+            forgotten.append(next(iter(self._sizes)))
+            self.remove(forgotten[-1])
+        return forgotten
+
+    def remove(self, key: Any) -> None:
+        self._bytes -= self._sizes.pop(key, 0)
+
+
+_FORGOTTEN = errors.to_wire(
+    InDoubt("this command was applied when it was first sent; its reply was large and is no longer remembered")
+)
 
 
 def check_memory(document: Any) -> dict[str, Any]:

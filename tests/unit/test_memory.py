@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.errors import InvalidInput, Rejected, to_wire
+from routing.errors import InDoubt, InvalidInput, Rejected, to_wire
 from routing.session_id import IN_FLIGHT
-from runtime.memory import AnsweredCommands, Limits, Memory
+from runtime.memory import LARGE_BYTES, REPLIES_BYTES, AnsweredCommands, Limits, Memory
 
 ENTRIES = st.lists(
     st.tuples(st.integers(0, 12).map(lambda n: f"m-{n}"), st.integers() | st.text(), st.booleans()), max_size=30
@@ -188,3 +188,67 @@ def test_damaged_sessions_are_invalid_input(sessions: Any) -> None:
     """A wrong number remembered would apply a command twice, or never."""
     with pytest.raises(InvalidInput):
         Memory.from_document({"commands": [], "sessions": sessions}, LIMITS)
+
+
+# -- large replies -----------------------------------------------------------------------------------------------------
+LARGE = REPLIES_BYTES // 4
+
+
+def bytes_of(memory: Memory) -> int:
+    return len(orjson.dumps(memory.to_document()))
+
+
+@pytest.mark.parametrize("reply", ["x" * LARGE, ["x" * (LARGE // 2)] * 2])
+def test_of_old_large_replies_only_that_they_were_given_is_remembered(reply: Any) -> None:
+    """So what an actor remembers is bounded in bytes; a repeated command is told that it was applied."""
+    memory = Memory(Limits(commands=128, sessions=64))
+    for number in range(1, 101):
+        memory.commands.add(f"m-{number}", reply, None)
+        memory.commands.add(f"small-{number % 20}", number, None)
+        memory.sessions.add(f"{number % 7 + 1}-00000000", number, reply, None)
+    assert bytes_of(memory) < 3 * REPLIES_BYTES
+
+    for again in (memory, Memory.from_document(memory.to_document(), Limits(commands=128, sessions=64))):
+        newest, oldest = again.commands.answer_to("m-100"), again.commands.answer_to("m-1")
+        assert newest is not None
+        assert newest.value == reply
+        assert oldest is not None
+        assert isinstance(oldest.error, InDoubt)
+        small = [again.commands.answer_to(f"small-{number % 20}") for number in range(81, 101)]
+        assert [answer.value for answer in small if answer is not None] == [*range(81, 101)]
+        latest, earlier = again.sessions.answer_to("2-00000000", 99), again.sessions.answer_to("3-00000000", 2)
+        assert latest is not None
+        assert latest.value == reply
+        assert earlier is not None
+        assert isinstance(earlier.error, InDoubt)
+
+
+def test_a_reply_larger_than_all_that_is_kept_is_remembered_while_it_is_the_newest() -> None:
+    """Its sender may not have it yet."""
+    answered = AnsweredCommands(128)
+    for number in range(2):
+        answered.add(f"m-{number}", "x" * (2 * REPLIES_BYTES), None)
+
+    newest, oldest = answered.answer_to("m-1"), answered.answer_to("m-0")
+
+    assert newest is not None
+    assert newest.error is None
+    assert oldest is not None
+    assert isinstance(oldest.error, InDoubt)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2)), max_size=60))
+def test_what_is_counted_is_what_is_there(commands: list[tuple[int, int]]) -> None:
+    """Whatever is forgotten for other reasons is not counted any more."""
+    answered, sessions = AnsweredCommands(5), Memory(Limits(commands=5, sessions=3)).sessions
+    for place, (which, size) in enumerate(commands, start=1):
+        reply = "x" * (size * LARGE_BYTES)
+        answered.add(f"m-{which}", reply, None)
+        sessions.add(f"{which % 6 + 1}-00000000", place, reply, None)
+
+    large = {entry[0]: entry[1] for entry in answered.to_document() if len(entry[1]) >= LARGE_BYTES}
+    held = answered._large._sizes if answered._large is not None else {}
+    assert held == {message_id: len(reply) for message_id, reply in large.items()}
+    replies = [entry[1] for _, _, entries in sessions.to_document()["known"] for entry in entries]
+    of_sessions = sum(len(reply) for reply in replies if len(reply) >= LARGE_BYTES)
+    assert (sessions._large._bytes if sessions._large is not None else 0) == of_sessions
