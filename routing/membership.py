@@ -14,13 +14,16 @@ import structlog
 from routing.address import check_node_id
 from routing.errors import InvalidInput
 from routing.jsonlike import shown
-from routing.lease import boottime_s, decode_lease
+from routing.lease import RENEWALS_PER_LEASE, boottime_s, decode_lease
 from routing.link import Entry, Link, Subscription
 from routing.subjects import LEADER_KEY, Subjects, kv_stream, kv_subject
 
 log = structlog.get_logger("ferry.membership")
 
 OBSERVER_MARGIN_S = 1.0  # beyond the lease, before an observer calls a node dead
+# Of all nodes together, missed in a row: then it is the observer that does not hear. More than one, because one may be
+# lost or late, and so few that the silence is noticed before the first node has been silent for its lease.
+SILENCE_RENEWALS = 2
 
 
 class NodeState(StrEnum):
@@ -58,7 +61,8 @@ class Membership:
     """Follows the leases of a cluster.
 
     A node is gone when its lease was removed (released, or expired on the server), or when this observer has seen no
-    renewal for the lease plus a margin, on its own clock. For liveness only.
+    renewal for the lease plus a margin, on its own clock. For liveness only. Whether that says something of the node or
+    of the observer, `listening_for_s` tells.
     """
 
     def __init__(
@@ -72,11 +76,14 @@ class Membership:
         self._seen: dict[str, _Seen] = {}
         self._leader: str | None = None
         self._sequences: dict[str, int] = {}
+        self._heard_at_s, self._listening_since_s = clock(), -math.inf
+        self._silence_s = SILENCE_RENEWALS * node_lease_s / RENEWALS_PER_LEASE
         self._observers: list[Callable[[], None]] = []
         self._watch: Subscription | None = None
 
     async def start(self) -> None:
         """Returns once every present lease was seen. Raises Timeout, Unavailable."""
+        self._heard_at_s = self._clock()
         stream = kv_stream(self._bucket)
         self._watch = await self._link.watch(
             stream, kv_subject(self._bucket, ">"), self._on_entry, timeout_s=self._timeout_s
@@ -99,12 +106,31 @@ class Membership:
         oldest_s = self._clock() - self._lease_s - OBSERVER_MARGIN_S
         return {node: seen.member for node, seen in sorted(self._seen.items()) if seen.at_s >= oldest_s}
 
+    def listening_for_s(self) -> float:
+        """For how long this observer has heard of some lease at least every two renewals; 0 while it does not.
+
+        The leader's lease counts as well, so a node that is silent alone is no silence. A watch that went silent, NATS
+        that stood still and an observer that was stopped all are; after one it counts from the next lease that is new.
+        """
+        now_s = self._clock()
+        return 0.0 if now_s - self._heard_at_s > self._silence_s else now_s - self._listening_since_s
+
+    def _hear(self) -> None:
+        now_s = self._clock()
+        silent_s = now_s - self._heard_at_s
+        if silent_s > self._silence_s:
+            log.warning("of no lease was heard for a while", silent_s=round(silent_s, 2))
+            self._listening_since_s = now_s
+        self._heard_at_s = now_s
+
     def _on_entry(self, entry: Entry) -> None:
         key = entry.subject[self._prefix :]
         if entry.sequence < self._sequences.get(key, 0):
             return
         renewal_seen_before = entry.sequence == self._sequences.get(key)
         self._sequences[key] = entry.sequence
+        if not renewal_seen_before:  # what a watch that begins again repeats was written before the silence
+            self._hear()
         try:
             document = None if entry.removed else decode_lease(entry.payload)
             if key == LEADER_KEY:

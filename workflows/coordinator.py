@@ -197,7 +197,7 @@ class Coordinator:
         self._tell_who_came_and_went(alive)
         if self._quiet():
             self._tell(await self._assignment.assign(alive))
-        if self._clock() >= self._no_failover_before_s:
+        if self._may_fail_over:
             self._tell(await self._assignment.fail_over(alive))
 
     def _tell_who_came_and_went(self, alive: Mapping[str, Member]) -> None:
@@ -208,9 +208,20 @@ class Coordinator:
                 self._tell(f"node {node} {'left' if state is None else 'is ' + state}")
         self._known = now
 
+    @property
+    def _may_fail_over(self) -> bool:
+        """Whether who is not alive is dead. When nobody was heard, every node that lives is first to be heard again."""
+        listening = self.membership.listening_for_s() >= self._renewals_within_s
+        return listening and self._clock() >= self._no_failover_before_s
+
+    @property
+    def _renewals_within_s(self) -> float:
+        """How long after a silence every node that lives has been heard of."""
+        return self._settings.node_lease_s + OBSERVER_MARGIN_S
+
     def _await_renewals(self) -> None:
         """While NATS was away nobody could renew: give every node its chance before calling it dead."""
-        self._hold_failover(self._settings.node_lease_s + OBSERVER_MARGIN_S)
+        self._hold_failover(self._renewals_within_s)
 
     def _hold_failover(self, for_s: float) -> None:
         self._no_failover_before_s = max(self._no_failover_before_s, self._clock() + for_s)

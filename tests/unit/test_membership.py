@@ -7,7 +7,7 @@ from typing import Any
 
 from routing.birth import found_or_join
 from routing.lease import Lease
-from routing.membership import OBSERVER_MARGIN_S, Membership, NodeState
+from routing.membership import OBSERVER_MARGIN_S, SILENCE_RENEWALS, Membership, NodeState
 from routing.settings import Settings
 from routing.subjects import LEADER_KEY, kv_subject, node_key
 from runtime.testing import MemoryLink, MemoryNats
@@ -143,6 +143,61 @@ async def test_what_a_reconnected_watch_repeats_is_no_renewal() -> None:
         await asyncio.sleep(0.5)
 
     assert membership.alive() == {}
+
+
+@virtually
+async def test_a_silence_of_all_is_the_observers_own_and_is_noticed_when_it_is_over_as_well() -> None:
+    """An observer that was stopped did not see the silence pass: the first entry after it begins the count anew."""
+    leases = Leases()
+    membership = await leases.observer()
+    lease = await leases.node("a")
+    for _ in range(10):
+        await asyncio.sleep(lease.renew_every_s)
+        await lease.hold(DOCUMENT)
+    assert membership.listening_for_s() > LEASE_S + OBSERVER_MARGIN_S
+
+    leases.observer_link.disconnect()
+    for _ in range(3):
+        await asyncio.sleep(lease.renew_every_s)
+        await lease.hold(DOCUMENT)
+    assert membership.listening_for_s() == 0
+
+    leases.observer_link.reconnect()
+    began_s = clock()
+    await until(membership.listening_for_s)
+    assert membership.listening_for_s() <= clock() - began_s
+
+
+@virtually
+async def test_what_a_watch_repeats_does_not_end_a_silence() -> None:
+    """It was written before, so it tells nothing of who lives."""
+    leases = Leases()
+    membership = await leases.observer()
+    lease = await leases.node("a")
+    await until(membership.alive)
+
+    await asyncio.sleep(SILENCE_RENEWALS * lease.renew_every_s + 0.1)
+    leases.observer_link.disconnect()
+    leases.observer_link.reconnect()
+    await asyncio.sleep(0.5)
+
+    assert membership.listening_for_s() == 0
+
+
+@virtually
+async def test_one_node_that_is_heard_is_no_silence() -> None:
+    """Nor is the leader alone: whoever else does not renew is gone."""
+    leases = Leases()
+    membership = await leases.observer()
+    await leases.node("a")
+    leader = Lease(leases.link, BUCKET, LEADER_KEY, incarnation="c-1", ttl_s=LEASE_S, clock=clock)
+
+    for _ in range(8):
+        await leader.hold({"name": "c"})
+        await asyncio.sleep(leader.renew_every_s)
+
+    assert membership.alive() == {}
+    assert membership.listening_for_s() > LEASE_S + OBSERVER_MARGIN_S
 
 
 @virtually

@@ -437,12 +437,12 @@ async def test_an_actor_that_cannot_be_constructed_does_not_end_the_node() -> No
 
 
 # -- the coordinator ---------------------------------------------------------------------------------------------------
-async def coordinator(small: SmallCluster) -> tuple[Coordinator, asyncio.Task[None], asyncio.Event]:
+async def coordinator(small: SmallCluster, link: Any = None) -> tuple[Coordinator, asyncio.Task[None], asyncio.Event]:
     async def launch(move: Move) -> None: ...
 
     store: Any = Shelf()
     process = Coordinator(
-        small.settings, name="c", link=small.nats.link("coordinator"), store=store, launch=launch, clock=clock,
+        small.settings, name="c", link=link or small.nats.link("coordinator"), store=store, launch=launch, clock=clock,
         wall_clock=wall_clock,
     )  # fmt: skip
     await process.start()
@@ -484,6 +484,75 @@ def test_a_nats_server_that_stood_still_does_not_cost_living_nodes_their_shards(
             for running in small.everyone:
                 await running.node.stop()
             await small.directory.stop()
+
+    scene()
+
+
+class DeafLink:
+    """A link whose watch of the leases can go silent alone: all else goes through."""
+
+    def __init__(self, link: MemoryLink) -> None:
+        self._link = link
+        self.deaf = False
+        self._missed: dict[str, tuple[Callable[[Entry], None], Entry]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    async def watch(self, stream: str, subject: str, handler: Callable[[Entry], None], *, timeout_s: float) -> Any:
+        def hear(entry: Entry) -> None:
+            if self.deaf:
+                self._missed[entry.subject] = handler, entry
+            else:
+                handler(entry)
+
+        follows_leases = stream.endswith("-leases")
+        return await self._link.watch(stream, subject, hear if follows_leases else handler, timeout_s=timeout_s)
+
+    async def hear_again(self) -> None:
+        """As a watch that begins anew: the last entry of each key, and not all of them at once."""
+        self.deaf = False
+        for handler, entry in self._missed.values():
+            handler(entry)
+            await asyncio.sleep(0.15)
+
+
+@pytest.mark.parametrize("leader_lease_s", [2.0, 5.0, 30.0])
+def test_a_leader_that_hears_of_nobody_takes_nobody_for_dead(leader_lease_s: float) -> None:
+    """Its watch of the leases was silent, and nobody's lease: all keep their shards. Who is dead then is found dead."""
+
+    @virtually
+    async def scene() -> None:
+        # given three nodes with two shards each, and a leader that hears them
+        async with cluster(shards=6, leader_lease_s=leader_lease_s) as small:
+            for number, name in enumerate("abc"):
+                await small.add(name)
+                await asyncio.sleep(0.3)
+                for unit in (f"shard.{2 * number}", f"shard.{2 * number + 1}"):
+                    await small.assign(name, unit)
+                    await small.served_by(name, unit)
+            link = DeafLink(small.nats.link("coordinator"))
+            leader, serving, stopping = await coordinator(small, link)
+            leader.suspended = True
+            await asyncio.sleep(10)
+            before = {unit: entry.ownership.epoch for unit, entry in small.directory.entries().items()}
+
+            # when its watch of the leases says nothing for longer than a lease and the margin, and then goes on
+            link.deaf = True
+            await asyncio.sleep(9)
+            assert leader.leading
+            await link.hear_again()
+            await asyncio.sleep(10)
+
+            # then nobody has lost anything
+            after = {unit: entry.ownership.epoch for unit, entry in small.directory.entries().items()}
+            assert after == before
+
+            # and a node that dies is still noticed
+            small.nodes["c"].cut()
+            await until(lambda: "c" not in {entry.ownership.owner for entry in small.directory.entries().values()})
+            stopping.set()
+            await serving
 
     scene()
 
