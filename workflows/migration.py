@@ -7,7 +7,8 @@
 
 A move is one Celery chain of six tasks. Each loads the move's record, asks a node over NATS, and saves the record by
 compare-and-set; tasks carry the move's id and nothing else, and state never passes through Celery or Redis. Small moves
-that go the same way share a chain, a convoy: each step is then taken by all of them at once, and each for itself.
+that go the same way share a chain, a convoy: each step is then taken by all of them at once, and each for itself. One
+whose step fails for now leaves it, and goes on in a chain of its own, so that the others do not stand still meanwhile.
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
@@ -40,6 +41,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -53,7 +55,7 @@ from routing.errors import InDoubt, NotApplicable, PermanentError, TransientErro
 from routing.shard_map import Outcome
 from workflows.ahead import Ahead
 from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
-from workflows.context import StepContext, Worker
+from workflows.context import SAVE_ATTEMPTS, StepContext, Worker
 from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move
 
 log = structlog.get_logger("ferry.migration")
@@ -214,25 +216,26 @@ PAUSE, *PREPARING, DELETE = CHAIN  # the steps in between follow from the pause,
 AWAIT_ACK = PREPARING[-1]
 
 
-async def take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
+async def take(step: Step, context: StepContext, move_id: str, attempt: int, *, convoy_task: str | None = None) -> None:
     """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
 
-    A step before it that is not recorded, because its worker died too early, is taken again first.
+    A step before it that is not recorded, because its worker died too early, is taken again first. With the id of its
+    convoy's task, a move that has left the convoy is let alone as well.
     """
     if attempt == 0 and await context.relieves(move_id, step.name):
         go_on_ahead(step, context, move_id)
         return
     async with context.turn(move_id):
-        await _take(step, context, move_id, attempt)
+        await _take(step, context, move_id, attempt, convoy_task)
 
 
-async def _take(step: Step, context: StepContext, move_id: str, attempt: int) -> None:
+async def _take(step: Step, context: StepContext, move_id: str, attempt: int, convoy_task: str | None = None) -> None:
     move = await context.recall(move_id, fresh=attempt > 0)
     for pause_s in BEHIND_S:
-        if move is not None and _place(move.step) < _place(step.name):  # another worker's record, perhaps on its way
+        if _waits_for(move, convoy_task, STEPS[: _place(step.name)]):  # another worker's record, perhaps on its way
             await asyncio.sleep(pause_s)
             move = await context.recall(move_id, fresh=True)
-    while move is not None and move.status not in TERMINAL and _place(move.step) <= _place(step.name):
+    while move is not None and _waits_for(move, convoy_task, STEPS[: _place(step.name) + 1]):
         due = CHAIN[_place(move.step)]
         try:
             done = await _act(due, context, move, attempt)
@@ -303,23 +306,41 @@ def _place(step: str | None) -> int:
     return STEPS.index(step or STEPS[0])
 
 
-async def drive(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int) -> list[str]:
+def _waits_for(move: Move | None, convoy_task: str | None, steps: Sequence[str]) -> bool:
+    """Whether a move has one of these steps before it, and no other chain to take it."""
+    if move is None or move.status in TERMINAL or move.step not in steps:
+        return False
+    return convoy_task is None or convoy_task in move.task_ids.values()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parted:
+    """The moves that do not go on with their chain: `lost` are to be rolled back, `behind` launched again alone."""
+
+    lost: Sequence[str] = ()
+    behind: Sequence[Move] = ()
+
+
+async def drive(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str) -> Parted:
     """What one task does: take its step of one move, or of a convoy. Returns and raises as `take_together`."""
     if step is PAUSE and attempt == 0:
         await _stand_in_line(context, move_ids)
     if len(move_ids) > 1:
-        return await take_together(step, context, move_ids, attempt)
+        return await take_together(step, context, move_ids, attempt, task_id)
     await take(step, context, move_ids[0], attempt)
-    return []
+    return Parted()
 
 
-async def take_together(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int) -> list[str]:
-    """Take one step of every move of a convoy; returns the moves to be rolled back, while the others go on.
+async def take_together(
+    step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str
+) -> Parted:
+    """Take one step of every move of a convoy; returns those that cannot go on with the others.
 
-    Raises what may pass, and then all are tried again: those that have taken the step say so quietly.
+    What may pass is raised while no move has taken the step, and then all are tried again. Once one has, its actors
+    would stand still for the tries of the others: those leave the convoy.
     """
     outcomes = await asyncio.gather(
-        *(take(step, context, move_id, attempt) for move_id in move_ids), return_exceptions=True
+        *(take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids), return_exceptions=True
     )
     errors = {
         move_id: error for move_id, error in zip(move_ids, outcomes, strict=True) if isinstance(error, BaseException)
@@ -327,11 +348,39 @@ async def take_together(step: Step, context: StepContext, move_ids: Sequence[str
     for error in errors.values():
         if not isinstance(error, (PermanentError, TransientError, InDoubt)):
             raise error
-    for_good = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
-    for move_id, error in errors.items():
-        if move_id not in for_good:
-            raise error
-    return for_good
+    lost = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
+    may_pass = [move_id for move_id in errors if move_id not in lost]
+    if may_pass and len(errors) == len(move_ids):
+        raise errors[may_pass[0]]
+    left = [await _leave(step, context, move_id, task_id) for move_id in may_pass]
+    return Parted(lost=lost, behind=[move for move in left if move is not None])
+
+
+async def _leave(step: Step, context: StepContext, move_id: str, task_id: str) -> Move | None:
+    """Have a move leave its convoy: its record names new task ids for the steps before it. Returns that record.
+
+    None when it needs no chain of its own: it has taken the step or ended, and somebody else wrote that down, or it has
+    another chain. Should this process die before that chain is sent, the reconciler sends one. While its record cannot
+    be written the move stays: the next task of the convoy takes this step of it first, and after the last the
+    reconciler sends it again.
+    """
+    context.standing_still.end(move_id)
+    try:
+        async with context.turn(move_id):
+            for _ in range(SAVE_ATTEMPTS):
+                move = await context.recall(move_id, fresh=True)
+                if move is None or not _waits_for(move, task_id, STEPS[: _place(step.name) + 1]):
+                    return None
+                with suppress(WrongSequence):
+                    return await context.store.save(_on_its_own(move, context.now()))
+    except (TransientError, InDoubt) as error:
+        log.warning("stays in its convoy", step=step.name, move=move_id, error=str(error))
+    return None
+
+
+def _on_its_own(move: Move, now: float) -> Move:
+    task_ids = move.task_ids | {step: str(uuid.uuid4()) for step in STEPS[_place(move.step) :]}
+    return replace(move, task_ids=task_ids, step_at=now)
 
 
 async def _stand_in_line(context: StepContext, move_ids: Sequence[str]) -> None:
@@ -369,19 +418,21 @@ def _task_for(step: Step) -> Any:
 
     @app.task(bind=True, name=f"workflows.migration.{step.name}", max_retries=STEP_RETRIES)
     def task(self: Task, *move_ids: str) -> None:
-        retries, worker = self.request.retries, Worker.get(settings)
+        task_id, retries, worker = self.request.id, self.request.retries, Worker.get(settings)
         if not retries and worker.relieved(step.name, move_ids):
             if step is AWAIT_ACK:
                 worker.begin(partial(go_on_ahead, step), move_ids)
             return
         try:
-            lost = worker.run(lambda context: drive(step, context, move_ids, retries))
+            parted = worker.run(lambda context: drive(step, context, move_ids, retries, task_id))
         except (TransientError, InDoubt) as error:
-            countdown_s = RETRY_FIRST_S * 2**retries * random.uniform(1, 2)
             log.warning("step failed", step=step.name, moves=move_ids, retries=retries, error=str(error))
-            raise self.retry(exc=error, countdown=countdown_s, priority=step.priority) from error
-        for move_id in lost:
+            raise self.retry(exc=error, countdown=_countdown_s(retries), priority=step.priority) from error
+        for move_id in parted.lost:
             rollback.si(move_id).apply_async(priority=PRIORITY_BEGUN)
+        for move in parted.behind:
+            log.warning("left its convoy", step=step.name, move=move.id, retries=retries)
+            launch(move, retries=retries + 1)
 
     return task
 
@@ -395,15 +446,25 @@ def rollback(self: Task, *move_ids: str) -> None:
     try:
         Worker.get(settings).run(lambda context: roll_back_together(context, move_ids))
     except (TransientError, InDoubt) as error:
-        countdown_s = RETRY_FIRST_S * 2**self.request.retries * random.uniform(1, 2)
-        raise self.retry(exc=error, countdown=countdown_s) from error
+        raise self.retry(exc=error, countdown=_countdown_s(self.request.retries)) from error
 
 
-def launch(*moves: Move) -> None:
-    """Send one chain for moves that wait for the same step, from that step. Its task ids are in their records."""
+def _countdown_s(retries: int) -> float:
+    """How long to wait after a try that failed, the first being 0."""
+    return RETRY_FIRST_S * 2.0**retries * random.uniform(1, 2)
+
+
+def launch(*moves: Move, retries: int = 0) -> None:
+    """Send one chain for moves that wait for the same step, from that step. Its task ids are in their records.
+
+    With `retries`, that step was tried so many times before: the next try comes after as long as a retry's, and counts
+    as one.
+    """
     first, move_ids = moves[0], [move.id for move in moves]
     signatures = [
         TASKS[step.name].si(*move_ids).set(task_id=first.task_ids[step.name], priority=step.priority)
         for step in CHAIN[_place(first.step) :]
     ]
+    if retries:
+        signatures[0].set(retries=retries, countdown=_countdown_s(retries - 1))
     chain(*signatures).on_error(rollback.si(*move_ids).set(priority=PRIORITY_BEGUN)).apply_async()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from routing.errors import InDoubt, PermanentError, Timeout, TransientError
@@ -30,6 +31,7 @@ class Task:
     move_ids: tuple[str, ...]
     step: str
     attempt: int = 0
+    ids: Mapping[str, str] = field(default_factory=dict)  # of its chain's tasks, by step
 
 
 class Broker:
@@ -53,7 +55,8 @@ class Broker:
     # -- sending -----------------------------------------------------------------------------------------------------
     async def launch(self, *moves: Move) -> None:
         """What `workflows.migration.launch` does: one chain from the step that the moves wait for."""
-        self.send(Task(tuple(move.id for move in moves), moves[0].step or STEPS[0]))
+        first = moves[0]
+        self.send(Task(tuple(move.id for move in moves), first.step or STEPS[0], ids=first.task_ids))
 
     def send(self, task: Task, after_s: float = 0.0) -> None:
         self.sent += 1
@@ -122,15 +125,19 @@ class Broker:
                     if task.step == ROLLBACK:
                         await migration.roll_back_together(context, task.move_ids)
                     else:
-                        lost = await migration.drive(_STEP[task.step], context, task.move_ids, task.attempt)
-                        for move_id in lost:
+                        parted = await migration.drive(
+                            _STEP[task.step], context, task.move_ids, task.attempt, task.ids[task.step]
+                        )
+                        for move_id in parted.lost:
                             self.send(Task((move_id,), ROLLBACK))
+                        for move in parted.behind:
+                            first = Task((move.id,), move.step or STEPS[0], task.attempt + 1, move.task_ids)
+                            self.send(first, self._countdown_s(task.attempt))
             except TimeoutError as error:
                 raise Timeout("step did not end in time") from error
         except (TransientError, InDoubt):
             if task.attempt < migration.STEP_RETRIES:
-                countdown_s = migration.RETRY_FIRST_S * 2**task.attempt * self._chance.uniform(1, 2)
-                self.send(replace(task, attempt=task.attempt + 1), countdown_s)
+                self.send(replace(task, attempt=task.attempt + 1), self._countdown_s(task.attempt))
             elif task.step != ROLLBACK:
                 self.send(Task(task.move_ids, ROLLBACK))
         except PermanentError:
@@ -139,4 +146,7 @@ class Broker:
         else:
             following = STEPS.index(task.step) + 1 if task.step != ROLLBACK else len(STEPS)
             if following < len(STEPS):
-                self.send(Task(task.move_ids, STEPS[following]))
+                self.send(Task(task.move_ids, STEPS[following], ids=task.ids))
+
+    def _countdown_s(self, attempt: int) -> float:
+        return migration.RETRY_FIRST_S * 2**attempt * self._chance.uniform(1, 2)

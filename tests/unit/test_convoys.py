@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from routing.directory import MapEntry
-from routing.errors import NotApplicable, StateNotPortable, Unavailable
+from routing.errors import Busy, InDoubt, NotApplicable, StateNotPortable, Unavailable, WrongSequence
 from routing.shard_map import LastMove, Outcome, Ownership
-from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.test_races import Shelf, planned
-from tests.unit.virtual_time import virtually, wall_clock
+from tests.simulation.broker import Broker
+from tests.unit.cluster import Ledger, SmallCluster, cluster
+from tests.unit.test_races import Shelf, planned, worker
+from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission
 from workflows.context import StepContext
-from workflows.records import MigrationStatus, Move
+from workflows.records import STEPS, MigrationStatus, Move
 
 SHARDS = 8
 
@@ -197,42 +200,151 @@ async def test_what_is_read_of_ended_moves_while_the_lead_is_lost_is_nobodys() -
 
 
 # -- taking a step together --------------------------------------------------------------------------------------------
-async def together(
-    monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int
-) -> tuple[list[str], list[str]]:
-    """(who is to be rolled back, who took the step) of three moves, those in `errors` failing."""
-    taken = []
+STEP, TASK = migration.CHAIN[3], "convoy's send"
 
-    async def take(step: Any, context: Any, move_id: str, attempt: int) -> None:
+
+async def together(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int = 0, shelf: Shelf | None = None
+) -> tuple[migration.Parted, list[str]]:
+    """(who cannot go on, who took the step) of three moves, those in `errors` failing."""
+    shelf, taken = shelf or await three(), []
+
+    async def take(step: Any, context: Any, move_id: str, attempt: int, *, convoy_task: str) -> None:
         if move_id in errors:
             raise errors[move_id]
         taken.append(move_id)
 
     monkeypatch.setattr(migration, "take", take)
-    context: Any = None
-    lost = await migration.take_together(migration.CHAIN[3], context, ("m0", "m1", "m2"), attempt)
-    return lost, taken
+    nobody: Any = None
+    store: Any = shelf
+    context = StepContext(
+        link=nobody, subjects=nobody, directory=nobody, store=store, settings=nobody, wall_clock=wall_clock
+    )
+    return await migration.take_together(STEP, context, ("m0", "m1", "m2"), attempt, TASK), taken
 
 
-async def test_one_move_that_cannot_be_carried_out_leaves_the_others_on_their_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def three() -> Shelf:
+    """Three moves of a convoy that wait for `STEP`."""
+    shelf, task_ids = Shelf(), {step: f"convoy's {step}" for step in STEPS}
+    for number in range(3):
+        waiting = replace(planned(number), status=MigrationStatus.SERIALIZED, step=STEP.name, task_ids=task_ids)
+        await shelf.save(waiting)
+    return shelf
+
+
+@virtually
+async def test_one_move_that_cannot_be_carried_out_leaves_the_others_on_their_way() -> None:
     """A state that the destination cannot take ends its own shard's move alone."""
-    errors: dict[str, BaseException] = {"m1": StateNotPortable("x"), "m2": NotApplicable("y")}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        errors: dict[str, BaseException] = {"m1": StateNotPortable("x"), "m2": NotApplicable("y")}
 
-    assert await together(monkeypatch, errors, attempt=0) == (["m1", "m2"], ["m0"])
+        parted, taken = await together(monkeypatch, errors)
 
-
-async def test_what_may_pass_is_tried_again_and_given_up_at_the_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others have taken the step by then, and go on."""
-    errors: dict[str, BaseException] = {"m1": Unavailable("away")}
-
-    with pytest.raises(Unavailable):
-        await together(monkeypatch, errors, attempt=0)
-    assert await together(monkeypatch, errors, attempt=migration.STEP_RETRIES) == (["m1"], ["m0", "m2"])
+    assert (parted.lost, parted.behind, taken) == (["m1", "m2"], [], ["m0"])
 
 
-async def test_a_bug_in_one_step_is_not_taken_for_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+@virtually
+async def test_what_may_pass_is_tried_again_by_all_while_none_has_taken_the_step() -> None:
+    """Nobody stands still for another; at the last attempt all are given up."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        errors: dict[str, BaseException] = dict.fromkeys(("m0", "m1", "m2"), Unavailable("away"))
+
+        with pytest.raises(Unavailable):
+            await together(monkeypatch, errors)
+        parted, _ = await together(monkeypatch, errors, attempt=migration.STEP_RETRIES)
+
+    assert (parted.lost, parted.behind) == (["m0", "m1", "m2"], [])
+
+
+@pytest.mark.parametrize("error", [Busy("x"), InDoubt("x"), WrongSequence("x")])
+def test_a_move_whose_step_may_pass_later_leaves_those_that_have_taken_it(error: BaseException) -> None:
+    """For a chain of its own: its record names the tasks of that, from the step that failed."""
+
+    @virtually
+    async def scene() -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            shelf = await three()
+            parted, taken = await together(monkeypatch, {"m1": error}, attempt=1, shelf=shelf)
+
+        assert (parted.lost, taken) == ([], ["m0", "m2"])
+        [left] = parted.behind
+        assert left == shelf.stored["m1"]
+        assert left.step == STEP.name
+        in_convoy = {step for step, task_id in left.task_ids.items() if task_id == f"convoy's {step}"}
+        assert in_convoy == {"pause", "capture", "serialize"}
+
+    scene()
+
+
+@virtually
+async def test_a_move_that_has_another_chain_or_has_ended_needs_none() -> None:
+    """Its step failed because somebody else was quicker: the reconciler, a rollback, or another worker."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shelf = await three()
+        shelf.stored["m0"] = replace(shelf.stored["m0"], status=MigrationStatus.ROLLED_BACK, step=None)
+        shelf.stored["m1"] = replace(shelf.stored["m1"], task_ids=dict.fromkeys(STEPS, "sent again"))
+
+        parted, _ = await together(monkeypatch, dict.fromkeys(("m0", "m1"), WrongSequence("x")), shelf=shelf)
+
+    assert (parted.lost, parted.behind) == ([], [])
+
+
+@virtually
+async def test_a_move_whose_record_cannot_be_written_stays_in_its_convoy() -> None:
+    """Without new task ids no other chain may be sent; the convoy's next task takes the step it lacks."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shelf = await three()
+
+        async def refuse(move: Move) -> None:
+            raise Unavailable("Redis is away")
+
+        shelf.before = refuse
+        parted, _ = await together(monkeypatch, {"m1": Busy("x")}, shelf=shelf)
+
+    assert (parted.lost, parted.behind) == ([], [])
+
+
+@virtually
+async def test_a_bug_in_one_step_is_not_taken_for_an_outcome() -> None:
     """Only the error tree is handled: anything else ends the task, and its errback rolls all back."""
-    with pytest.raises(KeyError):
-        await together(monkeypatch, {"m0": KeyError("bug"), "m1": Unavailable("away")}, attempt=0)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyError):
+        await together(monkeypatch, {"m0": KeyError("bug"), "m1": Unavailable("away")})
+
+
+@virtually
+async def test_one_slow_handler_does_not_hold_up_the_other_shards_of_its_convoy() -> None:
+    """They commit when its pause has failed once, long before their pause leases run out; it follows alone."""
+    async with cluster("a", "b", shards=3, precopy_from_bytes=10**9) as small:
+        # given a convoy of three shards, and a handler in the first that does not end
+        keys = small.keys_of_shards()
+        for key in keys:
+            await small.send(key, "write", entry=0)
+        Ledger.open_gate = asyncio.Event()
+        await small.post("a", small.command(keys[0], "write_slowly", "slow", entry=1, lives_s=60))
+        await until(lambda: Ledger.entered)
+        shelf, task_ids = Shelf(), {step: f"convoy's {step}" for step in STEPS}
+        convoy = []
+        for move in moves(3, started_at=wall_clock(), task_ids=task_ids):
+            entry = await small.directory.refresh(move.unit)
+            assert entry is not None
+            convoy.append(await shelf.save(replace(move, lock_revision=entry.revision)))
+        broker = Broker(Random(1), visibility_timeout_s=small.settings.visibility_timeout_s)
+        context = worker(small, shelf)
+        threads = [asyncio.create_task(broker.work(context)) for _ in range(3)]
+
+        # when they are moved
+        began_s = clock()
+        await broker.launch(*convoy)
+        await until(lambda: [shelf.stored[name].status for name in ("m1", "m2")] == [MigrationStatus.COMPLETED] * 2)
+
+        # then only the first is still about to be paused
+        assert clock() - began_s < small.settings.drain_handlers_s + 1
+        assert shelf.stored["m0"].status is MigrationStatus.PLANNED
+        assert await small.send(keys[1], "read") == [0]
+
+        # and it moves as well when its handler has ended
+        Ledger.open_gate.set()
+        await until(lambda: shelf.stored["m0"].status is MigrationStatus.COMPLETED)
+        assert task_ids["pause"] not in shelf.stored["m0"].task_ids.values()
+        for thread in threads:
+            thread.cancel()
