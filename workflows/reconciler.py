@@ -54,29 +54,34 @@ class Reconciler:
         Raises Unavailable, Timeout while Redis or NATS is away: the next round goes on.
         """
         unfinished = {move.id: move for move in await self._store.unfinished_moves()}
+        unreadable = await self._store.unreadable_moves(besides=unfinished.keys())
         for ended in self._admission.running.keys() - unfinished.keys():
             del self._admission.running[ended]
         self._relaunched = Counter({move_id: n for move_id, n in self._relaunched.items() if move_id in unfinished})
-        self._standing = {move_id: seen for move_id, seen in self._standing.items() if move_id in unfinished}
+        known = unfinished.keys() | unreadable.keys()
+        self._standing = {move_id: seen for move_id, seen in self._standing.items() if move_id in known}
         cancelled = {plan.id for plan in await self._store.running_plans() if plan.cancelled}
         for move in unfinished.values():
             if move.plan_id in cancelled:  # whoever cancelled it may have died on the way
                 await self._context.settle(move.id, error="its plan was cancelled")
             elif move.id not in self._admission.waiting:
                 await self._look_at(move)
+        for move_id, revision in unreadable.items():
+            if move_id not in self._admission.waiting:  # else its launch writes it anew
+                await self._look_at_unreadable(move_id, revision)
         return await self._finish_plans()
 
-    def _idle_s(self, move: Move) -> float:
-        """For how long the move has been seen here without a step ahead or a launch."""
-        now_s, latest = self._clock(), move.step_at or move.started_at
-        known, since_s = self._standing.get(move.id, (latest, now_s))
+    def _idle_s(self, move_id: str, latest: float | None) -> float:
+        """For how long the move has been seen here at `latest`, its latest step ahead, launch or revision."""
+        now_s = self._clock()
+        known, since_s = self._standing.get(move_id, (latest, now_s))
         if known != latest:
             since_s = now_s
-        self._standing[move.id] = latest, since_s
+        self._standing[move_id] = latest, since_s
         return now_s - since_s
 
     async def _look_at(self, move: Move) -> None:
-        idle_s = self._idle_s(move)
+        idle_s = self._idle_s(move.id, move.step_at or move.started_at)
         if move.started_at is None:
             if idle_s > self._orphan_s:
                 await self._context.settle(move.id, error="its plan was never completed: the leader died")
@@ -87,6 +92,16 @@ class Reconciler:
                 await self._context.settle(move.id)
         elif idle_s > self._stuck_s:
             await self._drive_on(move, locked=entry.ownership.move == move.id)
+
+    async def _look_at_unreadable(self, move_id: str, revision: int) -> None:
+        """End it, or its plan never would. Until then whoever can read it, in a rolling upgrade, may go on with it.
+
+        What it had locked its source has unlocked by then: that needs the map alone.
+        """
+        if self._idle_s(move_id, revision) > self._orphan_s:
+            log.warning("move cannot be read: ending it", move=move_id, revision=revision)
+            error = "its record could not be read, and nobody drove it on"
+            await self._store.end_unreadable(move_id, revision=revision, now=self._wall_clock(), error=error)
 
     async def _drive_on(self, move: Move, *, locked: bool) -> None:
         self._relaunched[move.id] += 1

@@ -7,14 +7,15 @@ reports, not actors.
 Every method raises Unavailable when Redis cannot serve it within `timeout_s`, or twelve times that for many records. A
 write may then have landed all the same: repeat it, and read the record again when that raises WrongSequence.
 
-A record that cannot be read is logged, counted and left out: it must not hide all others, nor stop the leader.
+A record that cannot be read is logged, counted and left out: it must not hide all others, nor stop the leader. It can
+still be ended (`end_unreadable`) and deleted (`trim`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
@@ -43,7 +44,8 @@ from workflows.records import (
     to_document,
 )
 from workflows.store_deadlines import many_trips, one_trip
-from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
+from workflows.store_illegible import ended, filed_under
+from workflows.store_keys import DELETE_MOVE, END_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
 
 log = structlog.get_logger("ferry.store")
 
@@ -68,6 +70,7 @@ class RecordStore:
         self._keys = Keys(cluster)
         self._save_move = redis.register_script(SAVE_MOVE)
         self._save_plan = redis.register_script(SAVE_PLAN)
+        self._end_move = redis.register_script(END_MOVE)
         self._delete_move = redis.register_script(DELETE_MOVE)
         self._to_save: list[tuple[dict[str, Any], asyncio.Future[list[int]]]] = []
         self._saving_turn = asyncio.Lock()
@@ -199,10 +202,46 @@ class RecordStore:
     @many_trips
     async def unfinished_moves(self) -> list[Move]:
         """Every move that is not terminal, oldest first: what a new leader has to drive on."""
-        members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
-        ids = [move_id.decode() for move_id in members]
+        ids = await self._unfinished()
         found = [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
         return sorted(found, key=lambda move: (move.created_at, move.id))
+
+    @many_trips
+    async def unreadable_moves(self, *, besides: Collection[str]) -> dict[str, int]:
+        """Ids and revisions of the moves that are not terminal and not among `besides`: what `unfinished_moves` found.
+
+        Some may just have been created. The revision of one of which nothing is stored is 0.
+        """
+        ids = [move_id for move_id in await self._unfinished() if move_id not in besides]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for move_id in ids:
+                pipe.hget(self._keys.move(move_id), "revision")
+            revisions = await pipe.execute() if ids else []
+        return {move_id: int(revision or 0) for move_id, revision in zip(ids, revisions, strict=True)}
+
+    @many_trips
+    async def end_unreadable(self, move_id: str, *, revision: int, now: float, error: str) -> bool:
+        """End a move that cannot be read: its plan counts it as failed, and its document says so if it is JSON.
+
+        False when somebody has saved or ended it since it was at `revision`. The audit stream does not hear of it.
+        """
+        keys, running = self._keys, await self._ids(self._keys.running, 0, RUNNING_PLANS)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hget(keys.move(move_id), "document")
+            for plan_id in running:
+                pipe.zscore(keys.plan_moves(plan_id), move_id)
+            document, *places = await pipe.execute()
+        plan = next((plan_id for plan_id, place in zip(running, places, strict=True) if place is not None), "")
+        done = await self._end_move(
+            keys=[
+                keys.move(move_id), keys.unfinished, keys.finished, keys.moves, keys.plan(plan), keys.status_prefix,
+            ],
+            args=[
+                move_id, revision, ended(document, revision=revision + 1, now=now, error=error),
+                MigrationStatus.FAILED.value,
+            ],
+        )  # fmt: skip
+        return bool(done)
 
     @one_trip
     async def actors(self, move_id: str) -> list[ActorRow]:
@@ -264,16 +303,22 @@ class RecordStore:
     async def trim(self, keep: int) -> int:
         """Delete the oldest terminal moves with their rows until at most `keep` records are left; return how many went.
 
-        A record is an actor's row; a move without rows counts as one. Unfinished moves are never deleted.
+        A record is an actor's row; a move without rows counts as one. Unfinished moves are never deleted. Nothing is
+        read as a record, so what cannot be read goes, too. Of a move whose document is lost altogether its id is left
+        in the lists of its plan, its shard and its status: nothing says which they are.
         """
         deleted = 0
         while (surplus := int(await self._redis.get(self._keys.records) or 0) - keep) > 0:
-            moves = await self._moves(await self._ids(self._keys.finished, 0, PAGE, oldest_first=True))
-            if not moves:
+            ids = await self._ids(self._keys.finished, 0, PAGE, oldest_first=True)
+            if not ids:
                 break
-            for move in moves:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for move_id in ids:
+                    pipe.hmget(self._keys.move(move_id), "document", "status")
+                stored = await pipe.execute()
+            for move_id, (document, status) in zip(ids, stored, strict=True):
                 if surplus > 0:
-                    weight = await self._delete(move)
+                    weight = await self._delete(move_id, *filed_under(document), (status or b"").decode())
                     deleted, surplus = deleted + weight, surplus - weight
         return deleted
 
@@ -287,6 +332,10 @@ class RecordStore:
                 pipe.hgetall(self._keys.plan(plan_id))
             hashes = await pipe.execute() if ids else []
         return self._legible(_plan, filter(None, hashes))
+
+    async def _unfinished(self) -> list[str]:
+        members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
+        return [move_id.decode() for move_id in members]
 
     async def _moves(self, ids: Sequence[str]) -> list[Move]:
         """Those of the moves that are still stored, in the order of `ids`."""
@@ -415,15 +464,15 @@ class RecordStore:
             ],
         }  # fmt: skip
 
-    async def _delete(self, move: Move) -> int:
+    async def _delete(self, move_id: str, plan_id: str, shard: str, status: str) -> int:
         keys = self._keys
         weight: int = await self._delete_move(
             keys=[
-                keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
-                keys.shard_moves(move.shard), keys.status_moves(move.status), keys.finished,
-                keys.plan(move.plan_id), keys.plans, keys.running, keys.records,
+                keys.move(move_id), keys.rows(move_id), keys.moves, keys.plan_moves(plan_id),
+                keys.shard_moves(shard), keys.status_moves(status), keys.finished,
+                keys.plan(plan_id), keys.plans, keys.running, keys.records,
             ],
-            args=[move.id, move.plan_id],
+            args=[move_id, plan_id],
         )  # fmt: skip
         return weight
 

@@ -1,4 +1,4 @@
-"""Every key that Ferry's records use in Redis, and the three scripts that change them, each in one atomic step.
+"""Every key that Ferry's records use in Redis, and the four scripts that change them, each in one atomic step.
 
     ferry:<cluster>:move:<id>            hash    document (JSON), revision, status
     ferry:<cluster>:move:<id>:rows       hash    index -> ActorRow (JSON)
@@ -49,7 +49,7 @@ class Keys:
     def plan_moves(self, plan_id: str) -> str:
         return f"{self.moves}:plan:{plan_id}"
 
-    def shard_moves(self, shard: int) -> str:
+    def shard_moves(self, shard: int | str) -> str:
         return f"{self.moves}:shard:{shard}"
 
     def status_moves(self, status: str) -> str:
@@ -101,6 +101,26 @@ if outcome ~= '' and redis.call('SREM', unfinished, id) == 1 then
     if plan_exists then redis.call('HINCRBY', plan, outcome, 1) end
 end
 return {1}
+"""
+
+# Ends a move that cannot be read, unless it has been saved since it was seen at revision ARGV[2]: failed, for its plan
+# and for the lists. ARGV[3] is its document with that in it; empty: the document stays as it is. Answers 1 when done.
+END_MOVE = """
+local move, unfinished, finished, moves, plan, status_prefix = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local id, expected, document, status = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local stored = redis.call('HMGET', move, 'revision', 'status')
+if (stored[1] or '0') ~= expected or redis.call('SREM', unfinished, id) == 0 then return 0 end
+
+local created_at = redis.call('ZSCORE', moves, id) or 0
+redis.call('ZADD', finished, created_at, id)
+if stored[2] then
+    redis.call('ZREM', status_prefix .. stored[2], id)
+    redis.call('ZADD', status_prefix .. status, created_at, id)
+    redis.call('HSET', move, 'status', status)
+end
+if document ~= '' then redis.call('HSET', move, 'document', document, 'revision', tonumber(expected) + 1) end
+if redis.call('EXISTS', plan) == 1 then redis.call('HINCRBY', plan, 'failed', 1) end
+return 1
 """
 
 # Sets what may still be set of a plan: times once, `cancelled` never back. Answers 0 when there is no such plan.

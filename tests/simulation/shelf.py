@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import Context
 from dataclasses import replace
 from random import Random
@@ -142,6 +142,9 @@ class Shelf:
     def unfinished_now(self) -> list[Move]:
         found = [move for move in self.moves_by_id.values() if move.status not in TERMINAL]
         return sorted(found, key=lambda move: (move.created_at, move.id))
+
+    async def unreadable_moves(self, *, besides: Collection[str]) -> dict[str, int]:
+        return {}
 
     async def actors(self, move_id: str) -> list[ActorRow]:
         return await self._trip(lambda: [row for _, row in sorted(self.rows.get(move_id, {}).items())])

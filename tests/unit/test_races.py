@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +116,7 @@ class Shelf:
     def __init__(self) -> None:
         self.stored: dict[str, Move] = {}
         self.plans: dict[str, MigrationPlan] = {}
+        self.unreadable: dict[str, int] = {}  # id -> revision
         self.lose: Callable[[Move], bool] = lambda move: False
         self.before: Callable[[Move], Awaitable[None]] | None = None
         self.between: Callable[[], Awaitable[None]] | None = None
@@ -149,6 +150,12 @@ class Shelf:
     async def unfinished_moves(self) -> list[Move]:
         await asyncio.sleep(0)
         return [move for move in self.stored.values() if move.status not in TERMINAL]
+
+    async def unreadable_moves(self, *, besides: Collection[str]) -> dict[str, int]:
+        return dict(self.unreadable)
+
+    async def end_unreadable(self, move_id: str, *, revision: int, now: float, error: str) -> bool:
+        return self.unreadable.pop(move_id) == revision
 
     async def plan(self, plan_id: str) -> MigrationPlan | None:
         return self.plans.get(plan_id)
@@ -242,6 +249,26 @@ async def test_losing_the_lead_in_the_middle_of_a_launch_is_no_crash() -> None:
         shelf.before = lose_the_lead
         with contextlib.suppress(FerryError):  # `Coordinator._repeat` logs these; a KeyError ends the process
             await office.admission.admit(("a", "b"))
+
+
+@virtually
+async def test_a_move_that_cannot_be_read_is_ended_once_nobody_drives_it_on() -> None:
+    """While its revision grows somebody can read it; one that is planned here is written anew by its launch."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf, moves_at_once=0)
+        office.admission.add([await shelf.save(planned(1))])
+        shelf.unreadable = {"m1": 1, "m2": 1, "m3": 1}
+        idle_s = small.settings.lock_lease_s
+
+        await office.run(idle_s - 5.0)
+        assert shelf.unreadable.keys() == {"m1", "m2", "m3"}
+        shelf.unreadable["m3"] += 1
+        await office.run(10.0)
+        assert shelf.unreadable.keys() == {"m1", "m3"}
+        await office.run(idle_s)
+
+        assert shelf.unreadable.keys() == {"m1"}
 
 
 @virtually
