@@ -36,6 +36,7 @@ class Directory:
     """Where every unit of ownership lives: every shard, and every actor that was moved by hand.
 
     Invariant: an entry is only ever replaced by one of a higher revision, so a view never goes back in time.
+    A value that nobody can read, or a removal, replaces none: the unit is `unreadable` until a good value is written.
     An actor's own key counts exactly while its shard's key names it apart and both name the same epoch of TAKE OUT.
     Reads are local and may be stale; `refresh` asks the leader; only `transition` decides.
     """
@@ -52,6 +53,7 @@ class Directory:
         self._prefix = len(kv_subject(self._bucket, ""))
         self._timeout_s = timeout_s
         self._entries: dict[str, MapEntry] = {}
+        self._unreadable: dict[str, int] = {}  # unit -> the revision at which its key has no value that can be read
         self._actor_keys: dict[str, None] = {}  # those of the entries that are about an actor
         self._apart: dict[ActorId, str] = {}  # actor -> its unit, of those that their shards name apart
         self._taken_out: dict[str, int] = {}  # those units -> the epoch at which they were taken out
@@ -97,6 +99,13 @@ class Directory:
     def entries(self) -> dict[str, MapEntry]:
         """Every unit of which is known who owns it."""
         return self.shards() | self.apart()
+
+    def unreadable(self) -> list[str]:
+        """Units whose keys exist and have no value that can be read: nobody but a person can write to them.
+
+        Of some the last good value is still known here. An actor's key that no shard names does not matter.
+        """
+        return [unit for unit in self._unreadable if actor_of_key(unit) is None or unit in self._taken_out]
 
     def shards(self) -> dict[str, MapEntry]:
         """The units that are shards."""
@@ -204,14 +213,19 @@ class Directory:
     # -- following -------------------------------------------------------------------------------------------------
     def _on_entry(self, stored: Entry) -> None:
         unit = stored.subject[self._prefix :]
-        if stored.removed or not self._is_unit(unit):
+        if not self._is_unit(unit):
             return
         try:
+            if stored.removed:
+                raise InvalidInput("its key was deleted")
             ownership = decode_ownership(stored.payload)
             self._check_unit(unit, ownership)
         except InvalidInput as error:
             self.counters["malformed"] += 1
             log.error("map value ignored", unit=unit, error=str(error))
+            known = self._entries.get(unit)
+            if known is None or known.revision < stored.sequence:
+                self._unreadable[unit] = max(stored.sequence, self._unreadable.get(unit, 0))
             return
         self._adopt(unit, MapEntry(ownership, stored.sequence))
 
@@ -220,6 +234,8 @@ class Directory:
         if known is not None and known.revision >= entry.revision:
             return
         self._entries[unit] = entry
+        if self._unreadable.get(unit, entry.revision) < entry.revision:
+            del self._unreadable[unit]
         if actor_of_key(unit) is not None:
             self._actor_keys[unit] = None
         changed = self._set_apart(known.ownership.apart if known is not None else (), entry.ownership.apart)

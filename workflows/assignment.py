@@ -37,8 +37,9 @@ class Assignment:
         ]
 
     def unassigned(self) -> list[int]:
-        """Shards that nobody ever owned."""
-        return [n for n in range(self._directory.shards_total) if self._directory.get(shard_key(n)) is None]
+        """Shards that nobody ever owned. One whose key has a value that cannot be read may have had owners."""
+        known = self._directory.shards().keys() | self._directory.unreadable()
+        return [n for n in range(self._directory.shards_total) if shard_key(n) not in known]
 
     async def assign(self, alive: Mapping[str, Member]) -> str | None:
         """ASSIGN what nobody ever owned, balanced over the nodes that take shards. Returns what it did, in words."""
@@ -46,16 +47,21 @@ class Assignment:
         if not unassigned or not takers:
             return None
         owners = self._balanced(without=set(), takers=takers)
-        await self._write_all({shard_key(n): (None, shard_map.assign(owners[n])) for n in unassigned})
-        return f"{len(unassigned)} shards were assigned to {', '.join(sorted(node.id for node in takers))}"
+        given = await self._write_all({shard_key(n): (None, shard_map.assign(owners[n])) for n in unassigned})
+        if not given:
+            return None
+        return f"{len(given)} shards were assigned to {', '.join(sorted({own.owner for own in given.values()}))}"
 
     async def fail_over(self, alive: Mapping[str, Member]) -> str | None:
         """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them.
 
         Returns what it did, in words.
         """
+        lost = set(self._directory.unreadable())  # what is known of these is not what their keys are at
         orphans = {
-            unit: entry for unit, entry in self._directory.entries().items() if entry.ownership.owner not in alive
+            unit: entry
+            for unit, entry in self._directory.entries().items()
+            if entry.ownership.owner not in alive and unit not in lost
         }
         takers = self.takers(alive)
         if not orphans or not takers:
@@ -63,21 +69,24 @@ class Assignment:
         dead = {entry.ownership.owner for entry in orphans.values()}
         owners = self._balanced(without=dead, takers=takers)
         heirs = {unit: owners[self._shard_of(unit)] for unit in orphans}  # an actor goes where its shard goes
-        await self._write_all(
+        given = await self._write_all(
             {unit: (entry, shard_map.failover(entry.ownership, to=heirs[unit])) for unit, entry in orphans.items()}
         )
-        what = Counter("actor" if shard_of_key(unit) is None else "shard" for unit in orphans)
+        if not given:
+            return None
+        what = Counter("actor" if shard_of_key(unit) is None else "shard" for unit in given)
         counted = " and ".join(f"{what[noun]} {noun}s" for noun in ("shard", "actor") if what[noun])
-        to = ", ".join(sorted(set(heirs.values())))
-        return f"node {', '.join(sorted(dead))} is gone: {counted} failed over to {to}"
+        gone = ", ".join(sorted({orphans[unit].ownership.owner for unit in given}))
+        to = ", ".join(sorted({own.owner for own in given.values()}))
+        return f"node {gone} is gone: {counted} failed over to {to}"
 
     def strays(self, alive: Mapping[str, Member]) -> list[str]:
         """Actors that have to go home and can: unpinned, or at a node that takes nothing. By their units' names."""
-        apart = self._directory.apart()
+        apart, lost = self._directory.apart(), set(self._directory.unreadable())
         takers, found = {node.id for node in self.takers(alive)} if apart else set(), []
         for unit, entry in apart.items():
             home, own = self._directory.get(shard_key(self._shard_of(unit))), entry.ownership
-            stays = own.owner not in alive or (own.pinned and own.owner in takers)
+            stays = own.owner not in alive or (own.pinned and own.owner in takers) or unit in lost
             if home is not None and home.ownership.owner in takers - {own.owner} and not stays:
                 found.append(unit)
         return found
@@ -95,8 +104,11 @@ class Assignment:
             owners[shard_in(unit)] = None if owner in without else owner
         return self._placement.rebalance_shards(owners, takers).shard_map
 
-    async def _write_all(self, changes: Mapping[str, tuple[MapEntry | None, Ownership]]) -> None:
-        """Many transitions at once. One that loses was overtaken by who knew better: the next round looks again."""
+    async def _write_all(self, changes: Mapping[str, tuple[MapEntry | None, Ownership]]) -> dict[str, Ownership]:
+        """Many transitions at once; returns those that landed.
+
+        One that loses was overtaken by who knew better: the next round looks again.
+        """
         results = await asyncio.gather(
             *(self._directory.transition(unit, before, after) for unit, (before, after) in changes.items()),
             return_exceptions=True,
@@ -104,6 +116,11 @@ class Assignment:
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, (TransientError, InDoubt)):
                 raise result
+        return {
+            unit: result.ownership
+            for unit, result in zip(changes, results, strict=True)
+            if not isinstance(result, BaseException)
+        }
 
 
 def shard_in(unit: str) -> int:

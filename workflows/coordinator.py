@@ -276,13 +276,14 @@ class Coordinator:
 
     async def make_plan(self, reason: str) -> RebalanceRequest:
         """What a rebalance would move now, and why. Raises InvalidInput when no node could receive anything."""
-        alive, takers = self.membership.alive(), self.takers()
+        alive, takers, lost = self.membership.alive(), self.takers(), set(self.directory.unreadable())
         return planner.plan_rebalance(
-            {shard_in(unit): entry.ownership for unit, entry in self.directory.shards().items()},
+            {shard_in(unit): entry.ownership for unit, entry in self.directory.shards().items() if unit not in lost},
             [planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers) for m in alive.values()],
             await self.inventories(alive),
             plan_id=self.new_plan_id(), reason=reason, shards_total=self.directory.shards_total,
-            placement=self._placement, apart={unit: entry.ownership for unit, entry in self.directory.apart().items()},
+            placement=self._placement,
+            apart={unit: entry.ownership for unit, entry in self.directory.apart().items() if unit not in lost},
         )  # fmt: skip
 
     def takers(self) -> set[str]:

@@ -57,6 +57,7 @@ class Status:
     shards_total: int | None = None
     moves_running: int | None = None
     entries: Mapping[str, MapEntry]
+    unreadable: Sequence[str] = ()  # units whose keys in the map have no value that can be read
     members: Mapping[str, Member]
     answers: Mapping[str, Mapping[str, Any] | None]
     locks: Sequence[HeldLock] = ()
@@ -134,6 +135,7 @@ async def _of_cluster(settings: Settings) -> dict[str, Any]:
                 "shards_total": session.shards_total,
                 "moves_running": leader["running"] if leader is not None else len(session.locked()),
                 "entries": entries,
+                "unreadable": session.directory.unreadable(),
                 "members": members,
                 "answers": dict(zip(members, answers, strict=True)),
             }
@@ -220,8 +222,14 @@ def _node(member: Member, shards: int, answer: Mapping[str, Any] | None) -> dict
 
 def _ownership_problems(status: Status) -> list[str]:
     total = status.shards_total or 0
-    unowned = [shard_key(n) for n in range(total) if shard_key(n) not in status.entries]
+    known = status.entries.keys() | status.unreadable
+    unowned = [shard_key(n) for n in range(total) if shard_key(n) not in known]
     found = [f"{_units(unowned)} no owner yet: a coordinator assigns them once a node is up"] if unowned else []
+    if status.unreadable:
+        found.append(
+            f"{_units(sorted(status.unreadable))} no value in the map that can be read, and cannot be given to a node:"
+            " `nats kv put` one like another's there, with an epoch above any that it had"
+        )
     lost: dict[str, list[str]] = {}
     for unit, entry in status.entries.items():
         if entry.ownership.owner not in status.members:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from routing.placement import ConsistentHashPlacement
 from routing.shard_map import Ownership, assign, bind, commit, failover, lock, pin, retire, set_apart, take_out
 from routing.subjects import actor_key
 from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.virtual_time import virtually
+from tests.unit.virtual_time import until, virtually
 from workflows.assignment import Assignment
 
 
@@ -54,6 +55,58 @@ def test_before_anybody_owns_anything_every_node_that_is_up_may_receive() -> Non
 def test_owners_that_are_gone_do_not_count() -> None:
     """Failover goes to whoever is left."""
     assert takers("x", member("a", "cart")) == {"a"}
+
+
+# -- keys that a person has written to ---------------------------------------------------------------------------------
+async def put_by_hand(small: SmallCluster, unit: str) -> None:
+    await small.link.append(small.map_subject(unit), b"junk", expected=None, timeout_s=2)
+
+
+@virtually
+async def test_a_shard_whose_value_cannot_be_read_is_not_one_that_nobody_owned() -> None:
+    """It holds up neither the assignment of the others nor plans, and nothing is said of it that is not so."""
+    async with cluster(shards=3) as small:
+        await put_by_hand(small, "shard.1")
+        await until(lambda: small.directory.unreadable() == ["shard.1"])
+        assignment = Assignment(small.directory, ConsistentHashPlacement())
+        assert assignment.unassigned() == [0, 2]
+
+        said = [await assignment.assign(alive("a")) for _ in range(2)]
+
+        assert said == ["2 shards were assigned to a", None]
+        assert assignment.unassigned() == []
+        assert small.directory.get("shard.1") is None
+
+
+@virtually
+async def test_only_what_was_written_is_reported() -> None:
+    """Somebody else was first, and the watch has not told yet: the next round sees it."""
+    async with cluster(shards=2) as small:
+        assignment = Assignment(small.directory, ConsistentHashPlacement())
+        assigning = asyncio.gather(assignment.assign(alive("a")), assignment.assign(alive("b")))
+
+        said = await assigning
+
+        assert sorted(filter(None, said)) in (
+            ["2 shards were assigned to a"], ["2 shards were assigned to b"],
+            ["1 shards were assigned to a", "1 shards were assigned to b"],
+        )  # fmt: skip
+
+
+@virtually
+async def test_a_dead_node_s_shard_whose_value_was_overwritten_is_not_said_to_be_failed_over() -> None:
+    """The last good value is still known here, but no write that builds on it can land."""
+    async with cluster(shards=2) as small:
+        assignment = await owned(small, "cc")
+        await put_by_hand(small, "shard.1")
+
+        first = await assignment.fail_over(alive("a"))  # before or after the watch has told
+        await until(lambda: small.directory.unreadable() == ["shard.1"])
+        second = await assignment.fail_over(alive("a"))
+
+        assert first == "node c is gone: 1 shards failed over to a"
+        assert second is None
+        assert (await small.map("shard.0")).owner == "a"
 
 
 # -- actors with a key of their own ------------------------------------------------------------------------------------

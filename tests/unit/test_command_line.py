@@ -243,6 +243,8 @@ def test_a_healthy_cluster_has_no_problems() -> None:
         (replace(HEALTHY, workers=[]), "no worker answers"),
         (replace(HEALTHY, redis_error="Redis is away", workers=None), "Redis is away"),
         (replace(HEALTHY, shards_total=5), "2 shards (shard/3, shard/4) have no owner yet"),
+        (replace(HEALTHY, shards_total=4, unreadable=["shard.3"]), "shard/3 has no value in the map that can be read"),
+        (replace(HEALTHY, unreadable=["shard.1"]), "shard/1 has no value in the map that can be read"),
         (replace(HEALTHY, members={"a": member("a")}), "node b is gone and 2 shards (shard/1, shard/2) have not"),
         (replace(HEALTHY, answers={"a": None}), "node a holds a lease but does not answer"),
         (replace(HEALTHY, answers={"a": {"serving": False}}), "node a could not renew its lease"),

@@ -31,7 +31,7 @@ from routing.shard_map import (
     take_back,
     take_out,
 )
-from routing.subjects import actor_key, kv_subject
+from routing.subjects import actor_key, kv_stream, kv_subject
 from runtime.testing import Fault, Kind, MemoryLink, MemoryNats
 from tests.unit.virtual_time import clock, until, virtually
 
@@ -598,6 +598,52 @@ async def test_an_actors_keys_end_and_begin_are_not_written_without_a_fence() ->
         await directory.transition(OWN, waiting, replace(waiting.ownership, owner="a", incarnation="a-1"))
 
     assert await directory.refresh(OWN) == waiting
+
+
+@virtually
+async def test_a_key_without_a_value_that_can_be_read_is_remembered_until_it_has_one() -> None:
+    """Over a good value, which stays known, and where there never was one; a deleted key is no free one either."""
+    the_map = Map()
+    directory = await the_map.view()
+    await bound(directory)
+    own, shard = await apart(directory)
+
+    for key in (UNIT, OWN, actor_key(STRANGER), "shard.2", "suspended"):
+        await the_map.write(b"junk", key=key)
+    await the_map.links[0].append(
+        kv_subject(SUBJECTS.map_bucket, "shard.1"), b"", expected=None, timeout_s=1, discard=True
+    )
+    late = await the_map.view()
+    await until(lambda: "shard.1" in directory.unreadable())
+
+    assert {*directory.unreadable()} == {UNIT, OWN, "shard.1"}  # no shard names the stranger, and shard.2 is none
+    assert directory.get(UNIT) == shard
+    assert {*late.unreadable()} == {UNIT, "shard.1"}
+    assert late.get(UNIT) is None
+
+    await the_map.write(encode_ownership(shard.ownership))
+    await the_map.write(encode_ownership(assign("a")), key="shard.1")
+    await until(lambda: directory.unreadable() == [OWN] and late.unreadable() == [OWN])
+    assert directory.get(OWN) == own
+
+
+@virtually
+async def test_a_stale_read_of_junk_does_not_make_a_good_value_unreadable() -> None:
+    """A leader that was deposed answers with what stood there before."""
+    the_map = Map()
+    directory = await the_map.view()
+    await the_map.write(b"junk")
+    await until(lambda: directory.unreadable() == [UNIT])
+    junk = await the_map.links[0].last(
+        kv_stream(SUBJECTS.map_bucket), kv_subject(SUBJECTS.map_bucket, UNIT), timeout_s=1
+    )
+    await the_map.write(encode_ownership(assign("a")))
+    await until(lambda: directory.unreadable() == [])
+
+    assert junk is not None
+    directory._on_entry(junk)
+
+    assert directory.unreadable() == []
 
 
 MISPLACED = {
