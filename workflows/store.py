@@ -172,7 +172,8 @@ class RecordStore:
     async def save(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
         """Write a move and these of its rows in one round trip; return the move with its new revision.
 
-        `through` is the move at each status that it has passed since it was saved, for the audit stream.
+        `through` is the move at each status that it has passed since it was saved, for the audit stream. With the
+        rows captured those planned for actors that rest by now are deleted.
         Raises WrongSequence when `move.revision` is no longer the stored one: somebody wrote first, read again.
         """
         return _accepted(move, await self._saved_together(self._saving(move, actors, through)))
@@ -451,7 +452,9 @@ class RecordStore:
         rows = [
             part for row in actors for part in (str(row.index), orjson.dumps(row))
         ]  # not by a schema: ten times slower
-        passed = [part for step in (*through, move) for part in (step.status.value, _event(step))]
+        steps = (*through, move)
+        rows_total = next((step.actors_total for step in steps if step.status is MigrationStatus.CAPTURED), "")
+        passed = [part for step in steps for part in (step.status.value, _event(step))]
         return {
             "keys": [
                 keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
@@ -460,7 +463,7 @@ class RecordStore:
             ],
             "args": [
                 move.id, move.revision, document, outcome, move.created_at, AUDIT_EVENTS,
-                len(through) + 1, *passed, *rows,
+                rows_total, len(steps), *passed, *rows,
             ],
         }  # fmt: skip
 

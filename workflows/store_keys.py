@@ -57,13 +57,14 @@ class Keys:
 
 
 # Compare-and-set of one move with everything that hangs on it. Answers {1} or {0, the revision that is stored}.
-# ARGV[7] is how many statuses the move has passed since, each with its audit event; the last is the one it has now.
+# ARGV[7] is how many rows the move has from here on; empty: as many as it had or is given. ARGV[8] is how many statuses
+# it has passed since, each with its audit event; the last is the one it has now.
 # A creation that is repeated word for word succeeds again: its first answer was lost.
 SAVE_MOVE = """
 local move, rows, moves, plan_moves, shard_moves, status_prefix = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local unfinished, finished, plan, records, audit = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 local id, expected, document, outcome, created_at = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local audit_events, first_row = ARGV[6], 8 + 2 * tonumber(ARGV[7])
+local audit_events, rows_total, first_row = ARGV[6], tonumber(ARGV[7]), 9 + 2 * tonumber(ARGV[8])
 local status = ARGV[first_row - 2]
 
 local stored = redis.call('HMGET', move, 'revision', 'status', 'document')
@@ -76,6 +77,7 @@ end
 local weight = before and math.max(1, redis.call('HLEN', rows)) or 0
 redis.call('HSET', move, 'document', document, 'revision', tonumber(expected) + 1, 'status', status)
 for i = first_row, #ARGV, 2 do redis.call('HSET', rows, ARGV[i], ARGV[i + 1]) end
+while rows_total and redis.call('HDEL', rows, rows_total) == 1 do rows_total = rows_total + 1 end
 local growth = math.max(1, redis.call('HLEN', rows)) - weight
 if growth ~= 0 then redis.call('INCRBY', records, growth) end
 
@@ -85,7 +87,7 @@ local plan_exists = redis.call('EXISTS', plan) == 1
 if before then
     redis.call('ZREM', status_prefix .. before, id)
     local last = before
-    for i = 8, first_row - 2, 2 do
+    for i = 9, first_row - 2, 2 do
         redis.call(
             'XADD', audit, 'MAXLEN', '~', audit_events, '*', 'before', last, 'after', ARGV[i], 'event', ARGV[i + 1]
         )

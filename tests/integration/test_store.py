@@ -28,9 +28,9 @@ from workflows.records import (
 )
 from workflows.store import PAGE, RecordStore
 
-PLANNED, PAUSED, CAPTURED, COMPLETED, ROLLED_BACK, FAILED, CANCELLED = (
+PLANNED, PAUSED, CAPTURED, SERIALIZED, COMPLETED, ROLLED_BACK, FAILED, CANCELLED = (
     MigrationStatus(name)
-    for name in ("planned", "paused", "captured", "completed", "rolled_back", "failed", "cancelled")
+    for name in ("planned", "paused", "captured", "serialized", "completed", "rolled_back", "failed", "cancelled")
 )
 
 
@@ -305,6 +305,36 @@ async def test_statuses_passed_since_the_last_save_go_in_one_and_each_has_its_ev
         (PLANNED, PAUSED, 200.0), (PAUSED, MigrationStatus.CAPTURED, 201.0),
         (MigrationStatus.CAPTURED, MigrationStatus.SERIALIZED, 202.0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("captured", [0, 1, 2, 3, 4])
+async def test_the_rows_captured_replace_those_planned(store: RecordStore, redis_url: str, captured: int) -> None:
+    """Actors were put to rest or woke up between plan and capture: the rows are those that move, and so counted."""
+    (move,) = moves(1)
+    (move,) = await store.create_plan(plan(), [move], {move.id: rows(move, 3)})
+    moving = [ActorRow(index=index, actor_id=f"cart/moved-{index}", version=5) for index in range(captured)]
+    paused = advance(move, PAUSED, now=200.0)
+    after = advance(paused, CAPTURED, now=201.0, actors_total=captured)
+
+    saved = await store.save(advance(after, SERIALIZED, now=202.0), actors=moving, through=[paused, after])
+
+    assert await store.actors(move.id) == moving
+    async with Redis.from_url(redis_url) as admin:
+        assert await admin.get("ferry:test:records") == str(max(captured, 1)).encode()
+    await store.save(advance(saved, COMPLETED, now=203.0), actors=moving[:1])
+    assert await store.actors(move.id) == moving
+    assert await store.trim(keep=0) == max(captured, 1)
+
+
+async def test_a_capture_taken_again_replaces_the_rows_of_the_first(store: RecordStore) -> None:
+    """Its status stays the same, and its rows are fewer."""
+    (move,) = await created(store, 1)
+    paused = await store.save(advance(move, PAUSED, now=199.0))
+    first = await store.save(advance(paused, CAPTURED, now=200.0), actors=rows(move))
+
+    await store.save(advance(first, CAPTURED, now=201.0, actors_total=1), actors=rows(move, 1))
+
+    assert await store.actors(move.id) == rows(move, 1)
 
 
 async def test_saving_many_writes_all_but_the_refused_ones(store: RecordStore) -> None:

@@ -97,16 +97,19 @@ class Shelf:
 
     # -- moves -------------------------------------------------------------------------------------------------------
     async def save(self, move: Move, *, actors: Sequence[ActorRow] = (), through: Sequence[Move] = ()) -> Move:
-        return await self._trip(lambda: self._save(move, actors))
+        return await self._trip(lambda: self._save(move, actors, through))
 
-    def _save(self, move: Move, actors: Sequence[ActorRow]) -> Move:
+    def _save(self, move: Move, actors: Sequence[ActorRow], through: Sequence[Move]) -> Move:
         stored, after = self.moves_by_id.get(move.id), replace(move, revision=move.revision + 1)
         if (stored.revision if stored else 0) != move.revision:
             if move.revision == 0 and stored == after:
                 return after  # a creation repeated word for word
             raise WrongSequence(f"move {move.id} is stored at another revision: read it again")
         self.moves_by_id[move.id] = after
-        self.rows.setdefault(move.id, {}).update({row.index: row for row in actors})
+        rows = self.rows.setdefault(move.id, {})
+        rows.update({row.index: row for row in actors})
+        if MigrationStatus.CAPTURED in [step.status for step in (*through, move)]:
+            self.rows[move.id] = {index: row for index, row in rows.items() if index < move.actors_total}
         self.saved.append(after)
         self._count(stored, after)
         return after
