@@ -25,7 +25,7 @@ from typing import Any, Self
 from routing.address import ActorId, NodeId
 from routing.birth import read_birth
 from routing.directory import Directory
-from routing.errors import Unavailable
+from routing.errors import InvalidInput, Unavailable
 from routing.handle import ActorHandle
 from routing.link import Link
 from routing.router import DEFAULT_TIMEOUT_S, Router
@@ -126,7 +126,7 @@ class Cluster:
 class SyncCluster:
     """The blocking twin of Cluster for code without an event loop: a context manager with the same methods.
 
-    One background thread runs the connection; any thread may call.
+    One background thread runs the connection; any thread may call. It can be entered once.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -139,6 +139,8 @@ class SyncCluster:
         return cls(Cluster.connect(nats_url, cluster=cluster))
 
     def __enter__(self) -> Self:
+        if self._thread.ident is not None:
+            raise InvalidInput("this SyncCluster was entered before: make another one with SyncCluster.connect(...)")
         self._thread.start()
         try:
             self._run(self._cluster.__aenter__())
@@ -157,6 +159,10 @@ class SyncCluster:
 
     def actor(self, actor_type: str, key: str) -> ActorHandle[Any]:
         return ActorHandle(self, ActorId(actor_type, key))
+
+    def session(self) -> SyncSession:
+        """As Cluster.session. Its calls come in order from one thread; of several threads, each as it begins."""
+        return SyncSession(self._cluster.session(), self._run)
 
     def send_message(
         self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
@@ -184,6 +190,34 @@ class SyncCluster:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
         self._loop.close()
+
+
+class SyncSession:
+    """The blocking twin of Session. Each call blocks its thread; several threads may have calls on their way."""
+
+    def __init__(self, session: Session, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._session, self._run = session, run
+
+    @property
+    def id(self) -> str:
+        return self._session.id
+
+    def actor(self, actor_type: str, key: str) -> ActorHandle[Any]:
+        return ActorHandle(self, ActorId(actor_type, key))
+
+    def send_message(
+        self, actor: str | ActorId, command: str, arguments: dict[str, Any] | None = None, *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """As Session.send_message, blocking the calling thread for at most `timeout` seconds."""
+        return self._run(self._session.send_message(actor, command, arguments, timeout=timeout))
+
+    def query(
+        self, actor: str | ActorId, name: str, arguments: dict[str, Any] | None = None, *,
+        linearizable: bool = False, timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> Any:  # fmt: skip
+        """As Session.query, blocking the calling thread for at most `timeout` seconds."""
+        return self._run(self._session.query(actor, name, arguments, linearizable=linearizable, timeout=timeout))
 
 
 def _sender() -> str:

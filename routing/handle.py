@@ -11,13 +11,13 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Sender(Protocol[R_co]):
-    """A Cluster, a SyncCluster or a Session; what it gives back is awaited with the first and the last."""
+    """A Cluster or a Session, whose results are awaited, or one of their blocking twins."""
 
     def send_message(self, actor: ActorId, command: str, arguments: dict[str, Any]) -> R_co: ...
 
 
 class ActorHandle(Generic[R_co]):
-    """`handle.fly(distance=1400)` sends the command `fly` as its sender does."""
+    """`handle.fly(distance=1400)` sends the command `fly` as its sender does. Arguments go by name, as in a message."""
 
     def __init__(self, sender: Sender[R_co], actor: ActorId) -> None:
         self._sender = sender
@@ -27,7 +27,9 @@ class ActorHandle(Generic[R_co]):
         if name.startswith("_"):
             raise AttributeError(name)
 
-        def call(**arguments: Any) -> R_co:
+        def call(*nameless: Any, **arguments: Any) -> R_co:
+            if nameless:
+                raise TypeError(f"{name} takes keyword arguments only: write {name}(name=...), not {name}(...)")
             return self._sender.send_message(self.actor_id, name, arguments)
 
         return call

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from routing.client import Cluster, SyncCluster
+from routing.client import Cluster, SyncCluster, SyncSession
 from routing.errors import HandlerFailed, InDoubt, InvalidInput, Rejected, Unavailable, UnknownActorType, UnknownCommand
 from routing.link import Link
+from routing.session import Session
 from runtime.testing import MemoryNats
 from tests.unit.cluster import cluster
 from tests.unit.virtual_time import virtually
@@ -137,6 +139,17 @@ async def test_a_handle_is_not_mistaken_for_something_it_is_not() -> None:
 
 
 @virtually
+async def test_arguments_without_a_name_are_refused_in_words() -> None:
+    """Messages carry names; the sender is told by the name of the command, before anything is sent."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for sender in (client, client.session()):
+            with pytest.raises(TypeError, match="write takes keyword arguments only"):
+                sender.actor("ledger", "k").write("one")
+
+        assert await client.actor("ledger", "k").read() == []
+
+
+@virtually
 async def test_a_client_that_was_left_says_so() -> None:
     """An error of the tree, not an AttributeError from inside."""
     async with cluster("a") as small:
@@ -208,6 +221,51 @@ def test_any_thread_may_call(blocking: SyncCluster) -> None:
         list(threads.map(lambda n: blocking.actor("ledger", "k").write(entry=n), range(40)))
 
     assert sorted(blocking.actor("ledger", "k").read()) == list(range(40))
+
+
+def test_a_blocking_session_orders_the_commands_of_a_thread(blocking: SyncCluster) -> None:
+    """The same methods as a Session, and the same refusals."""
+    session = blocking.session()
+    ledger = session.actor("ledger", "k")
+
+    assert [ledger.write(entry=n) for n in range(3)] == [1, 2, 3]
+    assert session.send_message("ledger/k", "write", {"entry": 3}, timeout=5.0) == 4
+    assert session.query("ledger/k", "read", linearizable=True) == [0, 1, 2, 3]
+    assert session.id != blocking.session().id
+    with pytest.raises(InvalidInput, match="is a query"):
+        ledger.read()
+
+
+def test_a_blocking_session_may_be_shared_by_threads(blocking: SyncCluster) -> None:
+    """Each call has a number of its own: nothing lost, nothing doubled, and a query sees what began before it."""
+    session = blocking.session()
+    with ThreadPoolExecutor(8) as threads:
+        counts = list(threads.map(lambda n: session.actor("ledger", "k").write(entry=n), range(40)))
+
+    assert sorted(counts) == list(range(1, 41))
+    assert sorted(session.query("ledger/k", "read")) == list(range(40))
+
+
+def test_a_session_has_every_method_in_blocking_form() -> None:
+    """What the one gains, the other must not lack."""
+    for awaited, blocking_form in ((Cluster, SyncCluster), (Session, SyncSession)):
+        names = {name for name in vars(awaited) if not name.startswith("_")}
+        assert names <= {name for name in vars(blocking_form) if not name.startswith("_")}
+        for name in names - {"connect"}:
+            first, second = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (awaited, blocking_form))
+            assert first == second, name
+
+
+def test_a_blocking_client_is_entered_once() -> None:
+    """Its thread is used up, and while it runs a second one would leave on behalf of the first."""
+    background = Background()
+    with background.running() as client:
+        with pytest.raises(InvalidInput, match="entered before"):
+            client.__enter__()
+        assert client.actor("ledger", "k").write(entry=1) == 1  # the first is not disturbed
+
+    with pytest.raises(InvalidInput, match=r"make another one with SyncCluster\.connect"):
+        background.client.__enter__()
 
 
 def test_leaving_ends_the_background_thread() -> None:
