@@ -155,6 +155,8 @@ class Actor:
                 raise InvalidInput(f"{cls.__name__}.{name}: an @event must not be async, for it is replayed")
             handlers[name] = Handler.of(name, kind, function)
         cls.handlers = handlers
+        if hasattr(cls, "capture") != hasattr(cls, "restore"):
+            raise InvalidInput(f"{cls.__name__} has one of capture() and restore(): define both, or neither")
 
     def emit(self, event_name: str, /, **values: Any) -> None:
         """Record that something happened, and apply it. Only inside a @command.

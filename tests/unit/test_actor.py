@@ -428,6 +428,16 @@ def test_an_async_event_is_refused() -> None:
         call(Late(), "go")
 
 
+@pytest.mark.parametrize("alone", ["capture", "restore"])
+def test_capture_and_restore_come_as_a_pair(alone: str) -> None:
+    """One without the other shows in the first move, or after a crash, unless it is refused where it is written."""
+    with pytest.raises(InvalidInput, match="Half has one of capture"):
+        type("Half", (Actor,), {alone: lambda self, *data: b""})
+
+    whole = type("Whole", (Actor,), {"capture": lambda self: b"", "restore": lambda self, data: None})
+    assert issubclass(type("Inheriting", (whole,), {"capture": lambda self: b"1"}), whole)
+
+
 def test_classes_are_found_by_type_and_handlers_by_name() -> None:
     """Events, private methods and inherited plumbing cannot be called from outside."""
     classes = ActorClasses([Notebook])
