@@ -7,7 +7,8 @@
 
 Production nodes run in simulated processes on virtual time. Between the calls, as the seed decides, the actor's shard
 is moved, its node killed, an acknowledgement lost, a command sent twice, the actor put to rest and loaded from its log.
-After each call the live state is compared with what its log says.
+Around the calls the live state is compared with what its log says, and each call is put to copies of the actor as well
+(runtime/testing/twins.py), so handlers run more often than calls are made.
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from routing import control, shard_map
 from routing.address import ActorId
 from routing.birth import found_or_join
 from routing.control import StepRequest
 from routing.directory import Directory
-from routing.errors import FerryError, HandlerFailed, InvalidInput, Rejected
+from routing.errors import FerryError, HandlerFailed, InvalidInput, Rejected, StateNotPortable
 from routing.link import Entry
 from routing.router import Router
 from routing.settings import Settings
-from runtime.actor import Actor, ActorClasses
+from runtime.actor import Actor, ActorClasses, Handler
 from runtime.codec import capture_state, restore_state
 from runtime.journal import decode_record
 from runtime.live_actor import LiveActor, new_instance, replay
@@ -38,6 +37,7 @@ from runtime.memory import Limits, Memory
 from runtime.node import Node
 from runtime.testing.memory_nats import Fault, Kind, MemoryNats
 from runtime.testing.process import Process
+from runtime.testing.twins import differing, document
 from runtime.testing.virtual_time import VirtualTimeLoop, clock, wall_clock
 
 Call = tuple[str, dict[str, Any]]
@@ -80,26 +80,36 @@ def exercise(
 
       - live state and replayed state differ: an @event is not deterministic, or a @command changed state itself
       - a @query changed the state
-      - state does not survive being captured and restored
+      - state does not survive being captured and restored, or cannot be: it is not JSON-like
+      - a call is answered otherwise, emits other events or leaves another state once the actor was moved: it uses a
+        private attribute, or the order of a dict's keys, which are not state. A cache that changes nothing is none
+      - no command was ever applied: such a run shows nothing
       - a repeated command got another reply, or was applied twice
       - a class attribute was changed: that is shared by all actors of a process, and is not part of any state
 
     Raises InvalidInput for a call that the class does not have. Time and random numbers in events show only when they
     give another value a moment later.
     """
-    done = Exercised()
+    done, refusal = Exercised(), ""
     for seed in seeds:
         rng = random.Random(seed)
         made = list(calls(rng)) if callable(calls) else list(calls)
         shared = _class_attributes(actor_class)
-        stage = _Stage(actor_class, others, rng, done)
         try:
+            stage = _Stage(actor_class, others, rng, done)
             _run(stage.run(made))
             _compare("class attributes", _class_attributes(actor_class), shared)
-        except Violation as violation:
-            raise Violation(f"{actor_class.__name__}: {violation} (repeat with seeds=[{seed}])") from None
+        except (Violation, StateNotPortable) as error:
+            raise _violation(actor_class, error, seed) from None
         done.runs += 1
+        refusal = refusal or stage.refusal
+    if refusal and not done.commands:
+        raise _violation(actor_class, f"no command was ever applied; the first was told {refusal}", seed)
     return done
+
+
+def _violation(actor_class: type[Actor], what: object, seed: int) -> Violation:
+    return Violation(f"{actor_class.__name__}: {what} (repeat with seeds=[{seed}])")
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -131,6 +141,8 @@ class _Stage:
         self._nodes: dict[str, tuple[Node, Process]] = {}
         self._lives = 0
         self._shadow, self._memory = new_instance(actor_class), Memory(Limits.of(self._settings))
+        self._shadow._actor_id = self._actor
+        self.refusal = ""  # what the first command that was not applied was told
         self._events: list[str] = []  # of the latest record, for messages
         self._applied: dict[str, int] = {}  # message id -> how often
         self._lose_next = False
@@ -245,17 +257,29 @@ class _Stage:
 
     # -- calls -------------------------------------------------------------------------------------------------------
     async def _call(self, message_id: str, name: str, arguments: dict[str, Any]) -> None:
-        query = self._classes.handler(self._actor.actor_type, name).kind == "query"
-        before = await self._look(f"before {name!r}") if query else b""
+        handler = self._classes.handler(self._actor.actor_type, name)
+        query = handler.kind == "query"
+        before = await self._look(f"before {name!r}")
+        await self._compare_twins(handler, arguments, before)
         answer = await self._answer(message_id, name, arguments)
         if query:
             self._done.queries += 1
-            _compare(f"query {name!r} changed the state", _document(await self._state()), _document(before))
+            _compare(f"query {name!r} changed the state", document(await self._state()), document(before))
         elif self._rng.random() < 0.3:
             self._done.repeated += 1
             _compare(
                 f"{name!r} sent again was answered otherwise", await self._answer(message_id, name, arguments), answer
             )
+
+    async def _compare_twins(self, handler: Handler, arguments: dict[str, Any], state: bytes) -> None:
+        """Put a call to copies of an actor that was never moved, and of the live one: it may know more than its log."""
+        live = self._live()
+        for instance in (self._shadow, live.instance if live is not None and not live.dirty else None):
+            if instance is None:
+                continue
+            found = await differing(instance, state, handler, arguments, timeout_s=CALL_S)
+            if found is not None:
+                _compare(f"{handler.name!r} uses what is not in the state: after a move", *found)
 
     async def _answer(self, message_id: str, name: str, arguments: dict[str, Any]) -> Any:
         try:
@@ -263,6 +287,9 @@ class _Stage:
                 self._actor, name, arguments, message_id=message_id, timeout_s=CALL_S
             )
         except (Rejected, HandlerFailed) as error:
+            if f" raised {StateNotPortable.__name__}: " in str(error):
+                raise Violation(str(error)) from error
+            self.refusal = self.refusal or f"{type(error).__name__}: {error}"
             return f"{type(error).__name__}: {error}"
         except InvalidInput:
             raise
@@ -292,11 +319,11 @@ class _Stage:
         """
         state = await self._state()
         restored = capture_state(restore_state(self._class, state, self._class.schema_version))
-        _compare(f"{when}, restored state differs from captured state", _document(restored), _document(state))
+        _compare(f"{when}, restored state differs from captured state", document(restored), document(state))
         replayed = capture_state(self._shadow)
         self._done.replays += 1
         told = f"{when}, live state differs from replayed state (latest events: {', '.join(self._events) or 'none'})"
-        _compare(told, _document(state), _document(replayed))
+        _compare(told, document(state), document(replayed))
         return state
 
     async def _state(self) -> bytes:
@@ -305,13 +332,6 @@ class _Stage:
         if live is None or live.instance is None or live.dirty:
             return capture_state(self._shadow)
         return capture_state(live.instance)
-
-
-def _document(state: bytes) -> Any:
-    try:
-        return orjson.loads(state)
-    except ValueError:
-        return state.hex()  # of a class with its own capture()
 
 
 def _class_attributes(actor_class: type[Actor]) -> dict[str, Any]:
