@@ -385,7 +385,22 @@ class Packed(Notes):
         self._packed = bytearray(data)
 
 
-@pytest.mark.parametrize("actor_class", [Caching, Gambling, Packed])
+class Tossing(Notes):
+    """A coin of its own: each restored copy has another one, and every lived copy the same."""
+
+    actor_type = "tossing"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._coin = random.Random()
+
+    @command
+    def write(self, *, entry: Any) -> int:
+        self.emit("written", entry=entry)
+        return self._coin.randint(0, 1)
+
+
+@pytest.mark.parametrize("actor_class", [Caching, Gambling, Tossing, Packed])
 def test_what_an_actor_may_do_is_no_mistake(actor_class: type[Actor]) -> None:
     """A private attribute that changes nothing anybody sees, chance in a command, a capture of its own."""
     assert exercise(actor_class, [*WRITES, ("read", {})]).commands == 20 * len(WRITES)
