@@ -232,7 +232,7 @@ def send(
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
 @json_option
 def migrations(status_: str | None, plan: str | None, actor: str | None, limit: int, as_json: bool) -> None:
-    """List records of migrations, the newest move first."""
+    """List records of migrations, those of the newest moves."""
     from workflows import lookup
 
     rows = run(
@@ -344,13 +344,16 @@ async def _drain(settings: Settings, node_id: str, wait: bool, timeout_s: float,
         if wait:
             with show.progress(f"draining {node_id}", quiet=as_json) as bar:
                 await emptied(session, node_id, timeout_s=timeout_s, show=bar)
-    left = 0 if wait else answer["shards"]
+        left = 0 if wait else answer["shards"]
+        suspended = bool(left) and await session.suspended()
     if as_json:
         show.print_json({"node": node_id, "state": "drained" if left == 0 else answer["state"], "shards": left})
     elif left == 0:
         click.echo(f"node {node_id} is empty: {show.counted(answer['shards'], 'shard')} moved away, safe to stop")
     else:
         click.echo(f"node {node_id} drains: {show.counted(left, 'shard')} to go; `ferry status` shows how far it is")
+        if suspended:
+            click.echo("rebalancing is suspended: nothing moves until `ferry resume`")
 
 
 @cli.command()

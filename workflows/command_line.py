@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
-from routing.errors import FerryError, InDoubt, InvalidInput
+from routing.errors import FerryError, InDoubt, InvalidInput, Rejected
 from routing.logs import configure_logging
 from routing.settings import Settings
 
@@ -23,11 +23,12 @@ FAILED, WRONG_USAGE, TIMED_OUT, INTERRUPTED = 1, 2, 3, 130
 
 
 class Failure(click.ClickException):
-    """A command that failed, with what it prints and its exit code."""
+    """A command that failed, with what it prints and its exit code. `speaker` says whose word the message is."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, *, speaker: str = "ferry") -> None:
         super().__init__(message)
         self.code = exit_code
+        self.speaker = speaker
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -38,6 +39,8 @@ class Failure(click.ClickException):
                 return cls(str(error), WRONG_USAGE)
             case StillRunning() | InDoubt():
                 return cls(str(error), TIMED_OUT)
+            case Rejected():
+                return cls(str(error), FAILED, speaker="Rejected")  # the actor's answer, no fault of the tool
             case FerryError():
                 return cls(str(error), FAILED)
         return cls(f"internal error: {type(error).__name__}: {error} (ferry --debug ... shows where)", FAILED)
@@ -67,7 +70,7 @@ class FerryGroup(click.Group):
         try:
             code = run_command(*arguments, standalone_mode=False, **options)
         except Failure as error:
-            _end(error.format_message(), error.code)
+            _end(error.format_message(), error.code, speaker=error.speaker)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx is not None else "ferry"
             _end(f"{error.format_message()} Try `{command} --help`.", WRONG_USAGE)
@@ -82,8 +85,8 @@ class FerryGroup(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _end(message: str, code: int) -> NoReturn:
-    click.echo(f"ferry: {message}", err=True)
+def _end(message: str, code: int, *, speaker: str = "ferry") -> NoReturn:
+    click.echo(f"{speaker}: {message}", err=True)
     sys.exit(code)
 
 

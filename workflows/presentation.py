@@ -5,14 +5,17 @@ Results go to stdout, everything else to stderr, so that a pipe gets results alo
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
+
+from workflows.records import STEPS
 
 if TYPE_CHECKING:  # it brings the clients of Redis and NATS with it
     from workflows.progress import Show
@@ -25,32 +28,63 @@ def print_json(document: Any, *, indent: bool = True) -> None:
     click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2 if indent else None).decode())
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Numbers to the right, text to the left; None is shown as -."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, spare: Collection[str] = ()) -> None:
+    """Numbers to the right, text to the left; None is shown as -.
+
+    On a terminal only prose wraps, so that an id stays one word to select. One that is too narrow for the rest does
+    without the `spare` columns. Everywhere else each row is one line.
+    """
     cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(columns))
     ]
     if sys.stdout.isatty():
-        _print_rich(columns, cells, numeric)
+        _print_rich(columns, cells, numeric, spare)
         return
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    for row in [[column.upper() for column in columns], *cells]:
+    for row in [[_heading(column) for column in columns], *cells]:
         aligned = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)]
         click.echo("  ".join(aligned).rstrip())
 
 
-def _print_rich(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> None:
+def _print_rich(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], spare: Collection[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column, right in zip(columns, numeric, strict=True):
-        table.add_column(column.upper(), justify="right" if right else "left", overflow="fold")
+    # A heading may break between its words, a cell may not.
+    widths = [
+        _PROSE_WIDTH if column in _PROSE else max(map(len, [*column.split(), *(row[i] for row in cells)]), default=0)
+        for i, column in enumerate(columns)
+    ]
+    width, height = shutil.get_terminal_size()
+    shown = list(range(len(columns)))
+    if sum(widths) + _GAP * (len(shown) - 1) > width:
+        shown = [i for i in shown if columns[i] not in spare]
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
+    for i in shown:
+        table.add_column(
+            _heading(columns[i]), justify="right" if numeric[i] else "left", overflow="fold", min_width=widths[i],
+            no_wrap=columns[i] not in _PROSE and " " not in columns[i],
+        )  # fmt: skip
     for row in cells:
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(row[i], style=_STYLES.get(row[i], "")) for i in shown))
+    # Rather a line that the terminal breaks than a cell cut short.
+    needed = sum(widths[i] for i in shown) + _GAP * (len(shown) - 1)
+    Console(highlight=False, width=max(width, needed), height=height).print(table)
+
+
+def _heading(column: str) -> str:
+    """`blackout (ms)` -> `BLACKOUT (ms)`: a unit keeps its letters."""
+    name, parenthesis, unit = column.partition(" (")
+    return name.upper() + parenthesis + unit
+
+
+_GAP = 2
+_PROSE = frozenset({"found", "mend", "latest events"})
+_PROSE_WIDTH = 20  # narrower, a sentence is a column of single words
 
 
 # The words that deserve a look, wherever they stand alone in a cell.
@@ -187,35 +221,53 @@ def print_plan(answer: Mapping[str, Any]) -> None:
     why = ", ".join(f"{reason} ({count})" for reason, count in answer["reasons"].items())
     click.echo(f"because: {why}\n")
     print_table(
-        ["source", "destination", "moves", "actors", "bytes"],
+        ["from", "to", "moves", "actors", "bytes"],
         [[r["source"], r["destination"], r["moves"], r["actors"], r["state_bytes"]] for r in answer["routes"]],
     )
 
 
 def print_migrations(rows: Sequence[Mapping[str, Any]]) -> None:
-    """`ferry migrations` for people."""
+    """`ferry migrations` for people: what changed last comes first.
+
+    Errors are sentences: on a terminal they stand below the table, elsewhere each in its row.
+    """
     if not rows:
         click.echo("no migrations")
         return
-    with_errors = any(row["error"] for row in rows)
+    rows = sorted(rows, key=_changed_at, reverse=True)
+    errors = dict.fromkeys((row["move_id"], row["error"]) for row in rows if row["error"])
+    below = sys.stdout.isatty()
+    with_errors = bool(errors) and not below
     print_table(
-        ["id", "actor", "shard", "source", "destination", "status", "size", "blackout ms", "at"]
+        ["id", "actor", "shard", "from", "to", "status", "size", "blackout (ms)", "at"]
         + (["error"] if with_errors else []),
         [
             [
                 row["id"], row["actor_id"], row["shard"], row["source"], row["destination"], row["status"],
-                size(row["state_bytes"]), _rounded(row["blackout_ms"]),
-                clock_time(row["finished_at"] or row["created_at"]),
+                size(row["state_bytes"]), _rounded(row["blackout_ms"]), clock_time(_changed_at(row)),
             ]
             + ([row["error"] or ""] if with_errors else [])
             for row in rows
         ],
+        spare=("shard", "size"),
     )  # fmt: skip
+    if errors and below:
+        click.echo("\nerrors:")
+        for move, error in errors:
+            click.echo(f"  - {move}: {error}")
+
+
+def _changed_at(row: Mapping[str, Any]) -> float:
+    """When the row came to its status."""
+    return float(max(row[name] for name in _TIMES if row.get(name) is not None))
 
 
 def print_record(record: Mapping[str, Any]) -> None:
     """One migration, or one move: its fields, then when it reached what."""
-    shown = {name: value for name, value in record.items() if name not in _SHOWN_ELSEWHERE and value is not None}
+    hidden = set(_SHOWN_ELSEWHERE)
+    if record["attempts"] == sum(step["step"] in STEPS for step in record["steps"]):
+        hidden.add("attempts")  # no step was tried twice
+    shown = {name: value for name, value in record.items() if name not in hidden and value is not None}
     width = max(len(name) for name in shown)
     for name, value in shown.items():
         click.echo(f"{name.replace('_', ' '):{width}}  {value}")
@@ -226,9 +278,9 @@ def print_record(record: Mapping[str, Any]) -> None:
     )
 
 
+_TIMES = ("created_at", "paused_at", "captured_at", "serialized_at", "sent_at", "acked_at", "finished_at")
 _SHOWN_ELSEWHERE = frozenset(
-    {"created_at", "started_at", "paused_at", "captured_at", "serialized_at", "sent_at", "acked_at", "finished_at",
-     "step_at", "steps", "task_ids", "migrations", "revision"}
+    {*_TIMES, "started_at", "step_at", "steps", "task_ids", "migrations", "revision"}
 )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_a_rejection_is_its_reason_and_exit_code_1(cluster: Cluster) -> None:
     rejected = cluster.ferry("send", "aircraft/N1", "fly", "distance=-1")
     unknown = cluster.ferry("send", "aircraft/N1", "dive")
 
-    assert (rejected.code, rejected.out, rejected.error) == (1, "", "ferry: distance must be positive\n")
+    assert (rejected.code, rejected.out, rejected.error) == (1, "", "Rejected: distance must be positive\n")
     assert unknown.code == 2
     assert "it has fly, totals" in unknown.error
 
@@ -238,6 +238,8 @@ def test_a_node_is_drained_and_then_stops_cleanly(cluster: Cluster) -> None:
 
     # When nothing may move, the wait ends with its reason, and the node keeps what it has.
     assert cluster.ferry("suspend").code == 0
+    asked = cluster.ferry("drain", "c")
+    assert "nothing moves until `ferry resume`" in asked.out
     waited = cluster.ferry("drain", "c", "--wait", "--timeout", "2.5")
     assert waited.code == 3, waited
     assert f"{share} of {share} shards" in waited.error
