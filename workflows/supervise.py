@@ -2,14 +2,15 @@
 
     --need URL     wait until it answers: redis://, nats://, http://; or `nats`, `redis` for the configured server
     --timeout S    give up waiting after this long (30)
-    --restart N    start the command again after a crash, at most N times (0)
+    --restart N    start the command again when it ends by itself, at most N times in a row (0); wrong usage is final
     --grace S      kill the command this long after it was told to stop (10)
     --linger S     told to stop, go on serving until no line that needs a server is left, at most this long (0)
 
 Why it exists: honcho and foreman start every line at once, stop all when one ends, signal whole process groups (which
 kills a Celery worker's children in the middle of a task), and leave everything running when they are killed
 themselves. So each line waits for what it needs, keeps its command in a session of its own, passes SIGTERM and SIGINT
-on to the command alone, and stops it when the one who started us is gone.
+on to the command alone, and stops it when the one who started us is gone. With --restart a command that somebody else
+stopped comes back, so that a node can be drained, stopped and had again; to keep it away, stop its line.
 
 Exit status: the command's own (128 + n when signal n ended it); 2 wrong usage, 3 a need not met in time, 126 or 127
 when the command cannot be run, 128 + n when signal n stopped us before the command ran.
@@ -36,10 +37,11 @@ from workflows.local.probe import address_of, answers
 from workflows.local.process import process_exists, spawn
 
 TICK_S = 0.2  # how late an owner's death, a deadline or the last user's leaving may be noticed
+STEADY_S = 10.0  # after so long a run the restarts count anew: twice a node's lease, so it had been up
 RESTART_AFTER_S = 1.0  # a command that dies at once must not eat a core; its server may need a moment, too
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
-_TIMED_OUT, _CANNOT_RUN, _NOT_FOUND = 3, 126, 127
+_WRONG_USAGE, _TIMED_OUT, _CANNOT_RUN, _NOT_FOUND = 2, 3, 126, 127
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except FerryError as error:
-        return _complain(str(error), 2)
+        return _complain(str(error), _WRONG_USAGE)
     with Signals() as signals:
         return Line(options, signals).run()
 
@@ -82,6 +84,7 @@ class Line:
         status = self._await_needs()
         restarts_left = self._options.restarts
         while status is None:
+            started_at = time.monotonic()
             try:
                 command = spawn(self._options.command)
             except FileNotFoundError:
@@ -89,10 +92,20 @@ class Line:
             except OSError as error:
                 return _complain(f"{self._options.command[0]} cannot be run: {error}", _CANNOT_RUN)
             status = self._attend(command)
-            if status == 0 or self._stop_signal is not None or restarts_left == 0:
+            if time.monotonic() - started_at > STEADY_S:
+                restarts_left = self._options.restarts
+            if self._stop_signal is not None or restarts_left == 0:
+                break
+            if status == _WRONG_USAGE:
+                _complain(f"{self._name} ended with {status}, wrong usage: not started again", status)
                 break
             restarts_left -= 1
-            _complain(f"{self._name} ended with {status}, starting it again ({restarts_left} more times)", status)
+            if status == 0:
+                _complain(
+                    f"{self._name} was stopped, starting it again (to end it, stop process {os.getpid()})", status
+                )
+            else:
+                _complain(f"{self._name} ended with {status}, starting it again ({restarts_left} more times)", status)
             status = self._pause(RESTART_AFTER_S)
         return status if status is not None else 0
 
@@ -214,7 +227,7 @@ def parse(arguments: list[str]) -> Options:
     )  # fmt: skip
     parser.add_argument("--need", action="append", default=[], metavar="URL", help="wait until it answers")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="give up waiting after this long")
-    parser.add_argument("--restart", type=int, default=0, metavar="N", help="starts after a crash, at most")
+    parser.add_argument("--restart", type=int, default=0, metavar="N", help="starts again in a row, at most")
     parser.add_argument(
         "--grace", type=float, default=10.0, metavar="S", help="from being told to stop to being killed"
     )

@@ -94,6 +94,34 @@ def test_a_crash_is_restarted_a_bounded_number_of_times(lines: Lines, tmp_path: 
     assert (tmp_path / "runs").read_text().split() == ["run", "run"]
 
 
+def test_wrong_usage_is_not_tried_again(lines: Lines, tmp_path: Path) -> None:
+    """Status 2, and one line saying so: nothing gets better by itself."""
+    line = lines.start(["--restart", "5"], "sh", "-c", "echo run >> runs; exit 2")
+
+    assert line.wait(20) == 2
+    assert (tmp_path / "runs").read_text().split() == ["run"]
+    assert line.stderr is not None
+    assert line.stderr.read() == "supervise: sh ended with 2, wrong usage: not started again\n"
+
+
+def test_a_command_that_somebody_else_stopped_comes_back(lines: Lines, tmp_path: Path) -> None:
+    """SIGTERM to the command itself, as after `ferry drain`: it ends with 0 and is started again; SIGTERM to the line
+    ends both.
+    """
+    (tmp_path / "leave").touch()
+    line = lines.start(["--restart", "1"], sys.executable, "-c", DRAINING)
+    assert lines.says(line) == "up"
+    (first,) = psutil.Process(line.pid).children()
+
+    first.terminate()
+
+    assert lines.says(line) == "up"
+    line.terminate()
+    assert line.wait(20) == 0
+    assert line.stderr is not None
+    assert f"was stopped, starting it again (to end it, stop process {line.pid})" in line.stderr.read()
+
+
 def test_a_stop_is_no_crash(lines: Lines, tmp_path: Path) -> None:
     """A command that ends badly after SIGTERM is not started again."""
     line = lines.start(
