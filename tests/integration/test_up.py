@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def cluster(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def _is_line(process: psutil.Process) -> bool:
+    return "workflows.supervise" in process.cmdline()
+
+
+def _until_said(process: subprocess.Popen[str], text: str) -> str:
+    """All it says from now on, up to the line with this text."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"it never said {text!r}:\n{said}")
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_drains_the_nodes_over_live_servers_and_leaves_nothing(
     cluster: subprocess.Popen[str], tmp_path: Path, stop: signal.Signals
@@ -93,6 +109,86 @@ def test_a_stop_drains_the_nodes_over_live_servers_and_leaves_nothing(
     assert "b drained" in output
     assert all(until(lambda process=process: ended(process)) for process in family)
     assert embedded_urls(tmp_path / "data") == {}
+
+
+def test_a_node_that_is_stopped_alone_does_not_take_the_others_with_it(cluster: subprocess.Popen[str]) -> None:
+    """SIGTERM to one node's line: it drains and stays away; Ctrl-C still ends the rest with status 0."""
+    lines = {
+        line.cmdline()[-1]: line for line in psutil.Process(cluster.pid).children(recursive=True) if _is_line(line)
+    }
+
+    lines["b"].terminate()
+
+    said = _until_said(cluster, "node_b stopped (rc=0)")
+    assert "b drained" in said
+    assert "node_a stopped" not in said
+    assert lines["a"].is_running()
+    cluster.send_signal(signal.SIGINT)
+    output = cluster.communicate(timeout=60)[0]
+    assert cluster.returncode == 0, output
+    assert "a drained" in output
+
+
+def test_a_server_that_ends_takes_all_with_it(cluster: subprocess.Popen[str]) -> None:
+    """Only nodes may stay away; the status is 1 then, whatever it ended with."""
+    (server,) = (one for one in psutil.Process(cluster.pid).children(recursive=True) if one.name() == "nats-server")
+
+    server.kill()
+
+    output = cluster.communicate(timeout=60)[0]
+    assert cluster.returncode == 1, output
+    assert "a found no server" in output
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        ("examples.flights,nomodule", "nomodule: cannot be imported"),
+        ("json", "json: defines no Actor"),
+        ("broken", "RuntimeError while it was imported: no licence found"),
+    ],
+)
+def test_actor_modules_that_no_node_could_load_are_refused_before_anything_starts(
+    tmp_path: Path, modules: str, said: str
+) -> None:
+    """One line and exit code 2, as any wrong usage."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no licence\\nfound')")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERRY_")}
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "workflows.cli", "up"], cwd=tmp_path, timeout=60, capture_output=True, text=True,
+        check=False, env={**environment, "FERRY_ACTORS": modules, "PYTHONPATH": str(_PROJECT)},
+    )  # fmt: skip
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"ferry: FERRY_ACTORS={modules}: ")
+    assert ended.stderr.count("\n") == 1
+    assert said in ended.stderr
+    assert not (tmp_path / ".ferry").exists()
+
+
+def test_it_says_once_that_it_is_ready_and_what_to_try(tmp_path: Path) -> None:
+    """The project's own lines: what it names works at once, and none of Celery's or Flower's greetings hide it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERRY_")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "workflows.cli", "up", "--nodes", "2"], cwd=tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env={**environment, "FERRY_SHARDS": "8", "PYTHONPATH": str(_PROJECT)},
+    ) as process:  # fmt: skip
+        try:
+            said = _until_said(process, "ready: 2 nodes, 8 shards. Try: ferry send aircraft/N14228 fly distance=1400")
+            url = said.rpartition("moves: ")[2].strip()
+            with urllib.request.urlopen(url, timeout=10) as page:
+                assert page.status == 200
+            process.send_signal(signal.SIGINT)
+            said += process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
+
+    assert process.returncode == 0, said
+    assert said.count("ready: ") == 1
+    for noise in ("superuser privileges", "[queues]", "Registered tasks", "Inspect method"):
+        assert noise not in said
 
 
 def test_nothing_outlives_a_cluster_killed_with_sigkill(cluster: subprocess.Popen[str]) -> None:

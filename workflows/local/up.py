@@ -6,13 +6,19 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from routing.errors import InvalidInput
+from routing.settings import Settings
+from workflows.local.actor_modules import check_actor_modules
 from workflows.local.claim import Claim
 from workflows.local.probe import free_port, port_is_free
+from workflows.local.ready import EXAMPLE, say_when_ready
 from workflows.local.servers import announce, withdraw
 
 # honcho kills what is left this long after the first line has stopped. Nodes take up to 10 s to stop and the servers
@@ -32,11 +38,14 @@ def run_up(
     embedded server is started, on its usual port when that is free. Ctrl-C drains and stops everything within about
     half a minute. Killed with SIGKILL, the lines notice within a second and stop by themselves.
 
-    Must be called on the main thread, where signals arrive. Raises InvalidInput for a bad number of nodes, and when
-    another live process uses the data folder.
+    Must be called on the main thread, where signals arrive. Raises InvalidInput for a bad number of nodes, for actor
+    modules that no node could load, and when another live process uses the data folder; nothing was started then.
     """
     if not 1 <= nodes <= _MOST_NODES:
         raise InvalidInput(f"--nodes {nodes}: use 1 to {_MOST_NODES}")
+    modules = actors or [name.strip() for name in os.environ.get("FERRY_ACTORS", "").split(",") if name.strip()]
+    if modules:
+        check_actor_modules(modules)
     folder = Path(data_dir).resolve()
     nats_url = nats_url or os.environ.get("FERRY_NATS_URL")
     redis_url = redis_url or os.environ.get("FERRY_REDIS_URL")
@@ -59,8 +68,8 @@ def run_up(
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
-    if actors:
-        env["FERRY_ACTORS"] = ",".join(actors)
+    if modules:
+        env["FERRY_ACTORS"] = ",".join(modules)
     if cluster:
         env["FERRY_CLUSTER"] = cluster
     lines = {
@@ -73,7 +82,8 @@ def run_up(
     try:
         print(f"NATS    {nats_url}\nRedis   {redis_url}\nFlower  http://127.0.0.1:{flower_port}/", flush=True)
         print(f"Files   {folder}\nCtrl-C stops all of it.", flush=True)
-        return _run(lines, env)
+        settings = Settings.load(nats_url=nats_url, redis_url=redis_url, cluster=cluster, actors=modules or [EXAMPLE])
+        return _run(lines, env, partial(say_when_ready, settings, nodes=nodes, flower_port=flower_port))
     finally:
         withdraw(folder)
 
@@ -110,18 +120,22 @@ def node_name(index: int) -> str:
     return chr(ord("a") + index) if index < 26 else f"n{index}"
 
 
-def _run(lines: dict[str, str], env: dict[str, str]) -> int:
+def _run(lines: dict[str, str], env: dict[str, str], watch: Callable[..., None]) -> int:
+    """Run the lines. `watch(say=, stopping=)` runs beside them, on a thread, once all have started."""
     # Imported here: honcho is needed for nothing else, and this module by every `ferry` command.
     import honcho.manager
     import honcho.printer
 
     class PatientManager(honcho.manager.Manager):
-        """honcho's, but a signal that comes before every line has started is obeyed once they have.
+        """honcho's, with two differences.
 
-        Without that it stumbles over the lines without a process id, and leaves the others running.
+        A signal that comes before every line has started is obeyed once they have: without that it stumbles over the
+        lines without a process id, and leaves the others running. A node that was stopped by somebody else and ended
+        well stays away, and the others go on; any other line that ends takes all with it.
         """
 
         _asked_to_stop = False
+        _watching = False
 
         def terminate(self) -> None:
             self._asked_to_stop = True
@@ -132,13 +146,33 @@ def _run(lines: dict[str, str], env: dict[str, str]) -> int:
             started = bool(super()._all_started())
             if started and self._asked_to_stop:
                 super().terminate()  # does nothing the second time
+            elif started and not self._watching:
+                self._watching = True
+                watcher.start()  # now that nothing is forked any more
             return started
+
+        def _any_stopped(self) -> bool:
+            ended = {name: line["returncode"] for name, line in self._processes.items() if "returncode" in line}
+            if self._asked_to_stop or any(code or not _NODE_LINE.fullmatch(name) for name, code in ended.items()):
+                return bool(ended)
+            self.returncode = None  # honcho takes that of whoever ends first for the end of all
+            return False
 
     honcho.manager.KILL_WAIT = _KILL_AFTER_S
     manager = PatientManager(honcho.printer.Printer(output=_Reader(sys.stdout)))
     for name, command in lines.items():
         manager.add_process(name, command, env=env)
-    manager.loop()
+
+    def say(text: str) -> None:
+        name = honcho.manager.SYSTEM_PRINTER_NAME
+        manager.events.put(honcho.printer.Message("line", text, datetime.now(), name, None))
+
+    stopping = threading.Event()
+    watcher = threading.Thread(target=watch, kwargs={"say": say, "stopping": stopping}, daemon=True)
+    try:
+        manager.loop()
+    finally:
+        stopping.set()
     stopped_on_request = manager.returncode in {signal["rc"] for signal in honcho.manager.SIGNALS.values()}
     return 0 if stopped_on_request or not manager.returncode else 1
 
