@@ -31,7 +31,7 @@ from routing.router import Router
 from routing.settings import Settings
 from runtime.actor import Actor, ActorClasses, Handler
 from runtime.codec import capture_state, restore_state
-from runtime.journal import decode_record
+from runtime.journal import Record, decode_record
 from runtime.live_actor import LiveActor, new_instance, replay
 from runtime.memory import Limits, Memory
 from runtime.node import Node
@@ -72,11 +72,13 @@ class Exercised:
 
 def exercise(
     actor_class: type[Actor], calls: Calls, *, seeds: Iterable[int] = range(20), others: Iterable[type[Actor]] = (),
+    before: type[Actor] | None = None,
 ) -> Exercised:  # fmt: skip
     """Send `calls` ((command or query, arguments), in order) to one actor, once per seed, and disturb it meanwhile.
 
     `calls` may be a function that makes them from a random.Random of the seed. `others` are further classes the nodes
-    load. Raises Violation when
+    load. `before` is the class as it was: nodes of that one take the first calls, none that it does not have; then they
+    are started anew, so `upgrade()` and the old events are put to the test. Raises Violation when
 
       - live state and replayed state differ: an @event is not deterministic, or a @command changed state itself
       - a @query changed the state
@@ -84,6 +86,7 @@ def exercise(
       - a call is answered otherwise, emits other events or leaves another state once the actor was moved: it uses a
         private attribute, or the order of a dict's keys, which are not state. A cache that changes nothing is none
       - no command was ever applied: such a run shows nothing
+      - state upgraded from `before` is another than its events lead to: an actor may come either way
       - a repeated command got another reply, or was applied twice
       - a class attribute was changed: that is shared by all actors of a process, and is not part of any state
 
@@ -96,7 +99,7 @@ def exercise(
         made = list(calls(rng)) if callable(calls) else list(calls)
         shared = _class_attributes(actor_class)
         try:
-            stage = _Stage(actor_class, others, rng, done)
+            stage = _Stage(actor_class, before, others, rng, done)
             _run(stage.run(made))
             _compare("class attributes", _class_attributes(actor_class), shared)
         except (Violation, StateNotPortable) as error:
@@ -125,10 +128,12 @@ class _Stage:
     """One run: three nodes, one shard, one actor, and the hand that moves and kills."""
 
     def __init__(
-        self, actor_class: type[Actor], others: Iterable[type[Actor]], rng: random.Random, done: Exercised
-    ) -> None:
+        self, actor_class: type[Actor], before: type[Actor] | None, others: Iterable[type[Actor]], rng: random.Random,
+        done: Exercised,
+    ) -> None:  # fmt: skip
         self._rng, self._done = rng, done
-        self._class, self._classes = actor_class, ActorClasses([actor_class, *others])
+        self._class, self._others, self._renewed = before or actor_class, tuple(others), actor_class
+        self._classes = ActorClasses([self._class, *self._others])
         self._actor = ActorId(actor_class.actor_type, "exercised")
         self._settings = Settings(shards=1, logs=1, snapshot_every=rng.choice((2, 5, 32)))
         self._nats = MemoryNats(
@@ -140,8 +145,8 @@ class _Stage:
         self._router = Router(self._link, self._directory, self._subjects, sender="exercise", wall_clock=wall_clock)
         self._nodes: dict[str, tuple[Node, Process]] = {}
         self._lives = 0
-        self._shadow, self._memory = new_instance(actor_class), Memory(Limits.of(self._settings))
-        self._shadow._actor_id = self._actor
+        self._shadow, self._memory = self._new_shadow(), Memory(Limits.of(self._settings))
+        self._records: list[Record] = []
         self.refusal = ""  # what the first command that was not applied was told
         self._events: list[str] = []  # of the latest record, for messages
         self._applied: dict[str, int] = {}  # message id -> how often
@@ -154,11 +159,16 @@ class _Stage:
             await self._start(name)
         await self._directory.transition(UNIT, None, shard_map.assign(NODES[0]))
         await self._open()
+        renew_at = self._rng.randint(0, len(calls))
         for number, (name, arguments) in enumerate(calls):
+            if self._class is not self._renewed and (number >= renew_at or not self._has(name)):
+                await self._renew()
             await self._disturb()
             await self._call(f"m-{number}", name, arguments)
             if self._rng.random() < 0.3:
                 await self._look(f"after {name!r}")
+        if self._class is not self._renewed:
+            await self._renew()
         await self._crash()
         await self._look("after the last crash")
         doubled = sorted(message_id for message_id, times in self._applied.items() if times > 1)
@@ -177,6 +187,14 @@ class _Stage:
         )  # fmt: skip
         await process.spawn(node.start())
         self._nodes[name] = (node, process)
+
+    async def _restart(self, *names: str) -> None:
+        """kill -9, and a next life when the lease has run out."""
+        for name in names:
+            self._nodes[name][1].kill()
+        await asyncio.sleep(self._settings.node_lease_s + 1)
+        for name in names:
+            await self._start(name)
 
     def _owner(self) -> str:
         entry = self._directory.get(UNIT)
@@ -202,6 +220,34 @@ class _Stage:
         node, _ = self._nodes[self._owner()]
         unit = node.host.units.get(UNIT)
         return unit.actors.get(self._actor) if unit is not None else None
+
+    def _new_shadow(self) -> Actor:
+        shadow = new_instance(self._class)
+        shadow._actor_id = self._actor
+        return shadow
+
+    # -- a newer class -----------------------------------------------------------------------------------------------
+    def _has(self, name: str) -> bool:
+        handler = self._class.handlers.get(name)
+        return handler is not None and handler.kind != "event"
+
+    async def _renew(self) -> None:
+        """Start all nodes anew with the newer class, the owner last: it has moved the actor away, or leaves its log."""
+        older = capture_state(self._shadow)
+        version, self._class = self._class.schema_version, self._renewed
+        self._classes = ActorClasses([self._class, *self._others])
+        self._shadow, self._memory = self._new_shadow(), Memory(Limits.of(self._settings))
+        for record in self._records:
+            replay(self._shadow, self._memory, record)
+        upgraded = capture_state(restore_state(self._class, older, version))
+        told = f"state upgraded from version {version} differs from what its events lead to"
+        _compare(told, document(upgraded), document(capture_state(self._shadow)))
+        owner = self._owner()
+        await self._restart(*(name for name in NODES if name != owner))
+        if self._rng.random() < 0.5:
+            await self._move()
+        await self._restart(owner)
+        await self._open()
 
     # -- what happens to it ------------------------------------------------------------------------------------------
     async def _disturb(self) -> None:
@@ -232,13 +278,10 @@ class _Stage:
         await self._open()
 
     async def _crash(self) -> None:
-        """kill -9 of the owner; another node gets the shard, or the same one in its next life."""
+        """Kill the owner; another node gets the shard, or the same one in its next life."""
         name = self._owner()
-        _, process = self._nodes[name]
-        process.kill()
         self._done.crashes += 1
-        await asyncio.sleep(self._settings.node_lease_s + 1)
-        await self._start(name)
+        await self._restart(name)
         if self._rng.random() < 0.5:
             heir = self._rng.choice([other for other in NODES if other != name])
             await self._directory.decide(UNIT, lambda view: shard_map.failover(view, to=heir))
@@ -303,6 +346,7 @@ class _Stage:
             return
         record = decode_record(entry.payload)
         replay(self._shadow, self._memory, record)
+        self._records.append(record)
         self._events = [name for name, _ in record.events] or self._events
         match record.kind.value:
             case "command" | "rejection":
