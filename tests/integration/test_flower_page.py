@@ -182,7 +182,7 @@ def test_the_page_shows_every_move_and_the_latest_plan(redis_url: str, start_flo
     data = flower.get("/migrations/data")
 
     assert page.status == 200
-    assert all(f'href="/migration/{move.id}"' in page.text for move in moves.values())
+    assert all(f'href="/migration/{move.id}"><code>{move.id}</code>' in page.text for move in moves.values())
     assert "p-one" in page.text
     assert "node-d joined &lt;now&gt;" in page.text
     assert "1 of 4 moves completed" in page.text
@@ -232,7 +232,7 @@ def test_one_move_has_a_page_with_its_actors(redis_url: str, start_flower: Start
     page = flower.get("/migration/m-completed")
     data = flower.get("/migration/m-completed/data").document
 
-    assert all(text in page.text for text in ("cart/completed-0", "cart/completed-1", "d1ge57", "1.5 kB", "p-one"))
+    assert all(text in page.text for text in ("cart/completed-0", "cart/completed-1", "d1ge57", "1.5 KiB", "p-one"))
     assert data["move"]["status"] == "completed"
     assert [set(row) for row in data["migrations"]] == [{field.name for field in fields(ActorMigration)}] * 2
     assert flower.get("/migration/nobody").status == 404
@@ -251,7 +251,10 @@ def test_filters_select_moves_and_say_what_they_cannot(redis_url: str, start_flo
     assert shown("status=in_flight") == ["m-sent"]
     assert shown("plan=p-one&limit=1") == ["m-sent"]  # what is under way is never cut off by newer moves
     assert shown("plan=p-two") == []
-    assert "No move matches" in flower.get("/migrations?plan=p-two").text
+    nothing = flower.get("/migrations?plan=p-two")
+    assert "No move matches" in nothing.text
+    assert "node-d joined" not in nothing.text  # the card is the asked plan's, not the latest one's
+    assert flower.get("/migrations/data?plan=p-one").document["plan"]["id"] == "p-one"
     wrong = flower.get("/migrations/data?status=lost")
     assert wrong.status == 400
     assert "status 'lost' is unknown" in wrong.document["error"]
@@ -280,7 +283,9 @@ def test_an_actors_moves_are_found_by_its_name(redis_url: str, start_flower: Sta
 
 
 def test_steps_show_what_flower_saw_of_their_tasks(redis_url: str, start_flower: StartFlower) -> None:
-    """The state beside the time, leading to Flower's own page of the task; nothing where Flower saw nothing."""
+    """The time leads to Flower's own page of the task, its state stands beside it when it is not SUCCESS; nothing of
+    either where Flower saw nothing.
+    """
     moves = seeded(redis_url)
     flower = start_flower()
     task_ids = moves["completed"].task_ids
@@ -308,7 +313,9 @@ def test_steps_show_what_flower_saw_of_their_tasks(redis_url: str, start_flower:
         assert flower.shows("/migrations/data", succeeded)
 
     page = flower.get("/migrations").text
-    assert re.search(r'<a href="/task/task-completed-pause"[^>]*>\s*<span\s+class="badge [^"]*">SUCCESS</span>', page)
+    assert re.search(r'<a href="/task/task-completed-pause"[^>]*>\s*12 ms\s*</a>', page)
+    assert re.search(r'<a href="/task/task-completed-capture".*?<span class="badge [^"]*">STARTED</span>', page, re.S)
+    assert ">SUCCESS<" not in page
     assert "/task/task-completed-delete" not in page
     assert flower.get("/task/task-completed-pause").status == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from routing.errors import Incompatible, InvalidInput
 from workflows.flower_page.install import with_tab
 from workflows.flower_page.reading import Filters
-from workflows.flower_page.view import STATUS_BADGES, MoveView, milliseconds, percentile, size
+from workflows.flower_page.view import STATUS_BADGES, MoveView, Overview, milliseconds, percentile, size
 from workflows.records import STATUS_AFTER, STEPS, MigrationStatus, Move, advance
 
 
@@ -80,6 +81,44 @@ def test_task_states_are_looked_up_by_the_steps_own_ids() -> None:
     assert [step.task_state for step in steps] == ["RETRY"] + [None] * 5
 
 
+def test_a_task_is_pointed_out_only_when_it_says_more_than_the_record() -> None:
+    """SUCCESS beside a step that is done is noise; beside one that was never taken, a lie."""
+    states = dict.fromkeys((f"task-{step}" for step in STEPS), "SUCCESS")
+    ended = after(a_move(started_at=100.5), MigrationStatus.PAUSED, MigrationStatus.ROLLED_BACK)
+
+    def badges(move: Move, **seen: str) -> list[str | None]:
+        view = MoveView.of(move, (states | {f"task-{step}": state for step, state in seen.items()}).get)
+        return [view.badge(step) for step in view.steps]
+
+    assert badges(ended) == [None] * 6
+    assert badges(ended, capture="FAILURE", send="FAILURE") == [None, "FAILURE"] + [None] * 4
+    assert badges(a_move(started_at=100.5), pause="RETRY", capture="STARTED") == ["RETRY", "STARTED"] + [None] * 4
+
+
+def test_a_move_of_one_actor_goes_by_its_name() -> None:
+    """As everywhere else, not by its key in the map."""
+    assert MoveView.of(replace(a_move(), unit="actor.canvas=c1"), lambda _: None).actor == "canvas/c1"
+    assert MoveView.of(a_move(), lambda _: None).actor is None
+
+
+def test_attempts_count_only_when_a_step_was_tried_again() -> None:
+    """Each step taken is an attempt of its own."""
+    move = after(a_move(started_at=100.5), *STATUS_AFTER.values())
+
+    tried_again = [MoveView.of(replace(move, attempts=n), lambda _: None).tried_again for n in (6, 7)]
+
+    assert tried_again == [False, True]
+
+
+def test_blackouts_are_those_of_moves_with_actors() -> None:
+    """Most shards of a small cluster are empty: nobody waits for them, and they would hide who does."""
+    moves = [a_move(blackout_ms=5.0), a_move(blackout_ms=80.0, actors_total=2), a_move(actors_total=1)]
+
+    overview = Overview(plan=None, moves=tuple(MoveView.of(move, lambda _: None) for move in moves))
+
+    assert overview.blackouts_ms == [80.0]
+
+
 def test_the_timeline_is_a_hundred_percent_in_order() -> None:
     """Each step begins where the one before ended."""
     move = after(a_move(started_at=100.0), *STATUS_AFTER.values())
@@ -117,7 +156,7 @@ def test_durations_and_sizes_are_short() -> None:
     shown = [milliseconds(value) for value in (None, 0.04, 9.94, 9.96, 999.4, 999.6, 59_990, 59_996, 3_600_000)]
 
     assert shown == ["—", "0.0 ms", "9.9 ms", "10 ms", "999 ms", "1.00 s", "59.99 s", "1m 00s", "60m 00s"]
-    assert [size(None), size(0), size(1_500)] == ["—", "0 bytes", "1.5 kB"]
+    assert [size(None), size(0), size(1_500)] == ["—", "0 B", "1.5 KiB"]
 
 
 def test_filters_come_back_as_the_query_they_were_read_from() -> None:

@@ -75,7 +75,8 @@ class Reader:
     shards_total: int
 
     async def overview(self, filters: Filters, task_state: TaskState) -> Overview:
-        plan, moves = await asyncio.gather(self.store.latest_plan(), self._moves(filters))
+        asked = self.store.plan(filters.plan) if filters.plan else self.store.latest_plan()
+        plan, moves = await asyncio.gather(asked, self._moves(filters))
         # A plan's moves are created at one time. By launch within it, so that a row never moves once it is there.
         moves.sort(key=lambda move: (move.created_at, move.started_at or 0.0, move.id), reverse=True)
         return Overview(plan=plan, moves=tuple(MoveView.of(move, task_state) for move in moves[: filters.limit]))

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from rich.filesize import decimal
-
+from routing.subjects import actor_of_key
+from workflows import presentation
 from workflows.records import STATUS_AFTER, STEPS, TERMINAL, MigrationPlan, MigrationStatus, Move, to_document
 
 TaskState = Callable[[str], str | None]  # a task id -> Celery's state as Flower saw it; None when it never did
@@ -59,6 +59,25 @@ class MoveView:
         return self.move.status in IN_FLIGHT
 
     @property
+    def actor(self) -> str | None:
+        """The actor that moves alone; None when it is a whole shard."""
+        actor = actor_of_key(self.move.unit)
+        return str(actor) if actor is not None else None
+
+    @property
+    def tried_again(self) -> bool:
+        """Whether some step took more than one attempt."""
+        return self.move.attempts > sum(step.progress is Progress.DONE for step in self.steps)
+
+    def badge(self, step: StepView) -> str | None:
+        """Celery's state of the step's task, where it says more than the record does.
+
+        A task whose step was not taken, because the move had ended, succeeds like any other.
+        """
+        skipped = step.progress is Progress.WAITING and self.move.status in TERMINAL
+        return None if skipped or step.task_state == "SUCCESS" else step.task_state
+
+    @property
     def total_ms(self) -> float | None:
         """From the launch to the end."""
         return _between_ms(_launched_at(self.move), self.move.finished_at)
@@ -83,7 +102,7 @@ class MoveView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """The latest plan, whatever is filtered, and the moves that match, newest first."""
+    """The plan that was asked for, else the latest, whatever is filtered; and the moves that match, newest first."""
 
     plan: MigrationPlan | None
     moves: tuple[MoveView, ...]
@@ -94,8 +113,9 @@ class Overview:
 
     @property
     def blackouts_ms(self) -> list[float]:
-        """Of the moves shown, ascending."""
-        return sorted(view.move.blackout_ms for view in self.moves if view.move.blackout_ms is not None)
+        """Of the moves shown that had actors, ascending: nobody waits for an empty shard."""
+        moves = (view.move for view in self.moves if view.move.actors_total)
+        return sorted(move.blackout_ms for move in moves if move.blackout_ms is not None)
 
     def blackout_ms(self, percent: int) -> float | None:
         return percentile(self.blackouts_ms, percent)
@@ -174,7 +194,8 @@ def milliseconds(value: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    return "—" if value is None else decimal(value)
+    """In the units of the command line."""
+    return presentation.size(value) or "—"
 
 
 STATUS_BADGES = {
@@ -185,9 +206,8 @@ STATUS_BADGES = {
     MigrationStatus.CANCELLED: "migration-badge-cancelled",
 } | dict.fromkeys(IN_FLIGHT, "task-state-started")
 
-# As on Flower's own task page, but quieter: there is one per task there, and six per row here.
+# As on Flower's own task page.
 TASK_BADGES = {
-    "SUCCESS": "text-success-emphasis bg-success-subtle",
     "FAILURE": "text-bg-danger",
     "STARTED": "task-state-started",
     "RETRY": "text-bg-warning",
