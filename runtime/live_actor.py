@@ -66,6 +66,7 @@ class LiveActor:
         Raises StateNotPortable, PayloadTooLarge.
         """
         instance, memory = new_instance(actor_class), Memory(limits)
+        instance._actor_id = self.actor_id  # events may read it
         turn = Turn(asyncio.get_running_loop().time)
         for _, record in history.records:
             if record.kind is Kind.SNAPSHOT:
@@ -73,6 +74,7 @@ class LiveActor:
                 state = unpack(record.frame, max_bytes=max_state_bytes)
                 self.state_bytes = len(state)
                 instance = restore_state(actor_class, state, record.frame.schema)
+                instance._actor_id = self.actor_id
                 memory = Memory.from_document(record.memory, limits)
             else:
                 replay(instance, memory, record)

@@ -357,6 +357,16 @@ class Gambling(Notes):
         return self.entries[-1]
 
 
+class Named(Notes):
+    """An event may read who the actor is, live and on replay."""
+
+    actor_type = "named"
+
+    @event
+    def written(self, entry: Any) -> None:
+        self.entries.append(f"{self.actor_id}: {entry}")
+
+
 class Packed(Notes):
     """A large state in a private attribute, with a capture() of its own."""
 
@@ -400,7 +410,7 @@ class Tossing(Notes):
         return self._coin.randint(0, 1)
 
 
-@pytest.mark.parametrize("actor_class", [Caching, Gambling, Tossing, Packed])
+@pytest.mark.parametrize("actor_class", [Caching, Gambling, Tossing, Named, Packed])
 def test_what_an_actor_may_do_is_no_mistake(actor_class: type[Actor]) -> None:
     """A private attribute that changes nothing anybody sees, chance in a command, a capture of its own."""
     assert exercise(actor_class, [*WRITES, ("read", {})], seeds=range(6)).commands == 6 * len(WRITES)
