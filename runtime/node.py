@@ -29,7 +29,6 @@ from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
 from routing.errors import FerryError, Incompatible, InvalidInput, TransientError
 from routing.failpoints import Failpoints
-from routing.identity import Identity
 from routing.lease import Lease, boottime_s
 from routing.link import Link, Message, Subscription
 from routing.membership import Membership, NodeState
@@ -85,7 +84,6 @@ class Node:
         self._failed = self._loop.create_future()
         born = await found_or_join(self._link, settings)
         subjects = self._subjects = Subjects(settings.cluster, born.logs)
-        identity = Identity(self._link, subjects, born)
         self._lease = Lease(
             self._link, subjects.lease_bucket, node_key(self.id), incarnation=self.incarnation,
             ttl_s=settings.node_lease_s, clock=self._clock,
@@ -131,7 +129,6 @@ class Node:
         await self._subscribe(subjects)
         await self._directory.start()
         await self._membership.start()
-        self.spawn(identity.keep())
         self.spawn(self._keep_lease())
         self.spawn(self._keep_ticking())
         log.info("node up", node=self.id, incarnation=self.incarnation, actors=self._classes.types)
@@ -240,12 +237,11 @@ class Node:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
+        if task.cancelled() or task.exception() is None:
             return
-        bug = None if isinstance(error, Incompatible) else error  # of what is no bug the reason says enough
-        log.critical("node cannot go on", node=self.id, error=str(error), exc_info=bug)
+        log.critical("node cannot go on", node=self.id, exc_info=task.exception())
         if self._failed is not None and not self._failed.done():
-            self._failed.set_exception(error)
+            self._failed.set_exception(task.exception() or FerryError("unknown"))
 
     async def _keep_lease(self) -> None:
         pause_s = self._lease.renew_every_s

@@ -28,7 +28,6 @@ from routing.birth import found_or_join
 from routing.control import COORDINATOR
 from routing.directory import Directory, MapEntry
 from routing.errors import FerryError, InDoubt, InvalidInput, NotApplicable, TransientError, Unavailable
-from routing.identity import Identity
 from routing.jsonlike import shown
 from routing.lease import Lease, boottime_s
 from routing.link import Entry, Link, Message, Subscription
@@ -84,7 +83,6 @@ class Coordinator:
         settings, timeout_s = self._settings, self._settings.append_timeout_s
         born = await found_or_join(self._link, settings)
         self._subjects = subjects = Subjects(settings.cluster, born.logs)
-        self._identity = Identity(self._link, subjects, born)
         self._lease = Lease(
             self._link, subjects.lease_bucket, LEADER_KEY, incarnation=self.incarnation,
             ttl_s=settings.leader_lease_s, clock=self._clock,
@@ -119,14 +117,10 @@ class Coordinator:
         self._watch = await self._link.watch(stream, subject, self._on_suspended, timeout_s=timeout_s)
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Lead or stand by until `stopping` is set; then give the lease up, so that another leads at once.
-
-        Raises what made it unable to go on: Incompatible when NATS holds another cluster than before, or a bug.
-        """
+        """Lead or stand by until `stopping` is set; then give the lease up, so that another leads at once."""
         try:
             async with asyncio.TaskGroup() as group:
                 loops = [
-                    group.create_task(self._identity.keep()),
                     group.create_task(self._repeat(self._hold_lease, self._lease.renew_every_s)),
                     group.create_task(self._repeat(self._tend_ownership, TICK_S)),
                     group.create_task(self._repeat(self._tend_moves, TICK_S, self._wake)),
@@ -134,8 +128,6 @@ class Coordinator:
                 await stopping.wait()
                 for loop in loops:
                     loop.cancel()
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from failed  # one loop's end cancels the others: it says why
         finally:
             await self.stop()
 
