@@ -324,7 +324,7 @@ class Parted:
 async def drive(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str) -> Parted:
     """What one task does: take its step of one move, or of a convoy. Returns and raises as `take_together`."""
     if step is PAUSE and attempt == 0:
-        await _stand_in_line(context, move_ids)
+        await _stand_in_line(context, move_ids, task_id)
     if len(move_ids) > 1:
         return await take_together(step, context, move_ids, attempt, task_id)
     await take(step, context, move_ids[0], attempt)
@@ -383,21 +383,22 @@ def _on_its_own(move: Move, now: float) -> Move:
     return replace(move, task_ids=task_ids, step_at=now)
 
 
-async def _stand_in_line(context: StepContext, move_ids: Sequence[str]) -> None:
+async def _stand_in_line(context: StepContext, move_ids: Sequence[str], task_id: str) -> None:
     """Before the first gate of a chain is closed: copy ahead, and let the chain before it commit.
 
     A move that is alone in its chain, with none before it, is copied ahead by its `pause`.
     """
     if len(move_ids) > 1 or context.standing_still.would_wait(move_ids):
-        await asyncio.gather(*(_copy_ahead(context, move_id) for move_id in move_ids))
+        convoy_task = task_id if len(move_ids) > 1 else None
+        await asyncio.gather(*(_copy_ahead(context, move_id, convoy_task) for move_id in move_ids))
     await context.standing_still.begin(move_ids)
 
 
-async def _copy_ahead(context: StepContext, move_id: str) -> None:
+async def _copy_ahead(context: StepContext, move_id: str, convoy_task: str | None) -> None:
     """LOCK one move and copy it ahead, with its gate open. `pause` tells what fails."""
     async with context.turn(move_id):
         move = await context.recall(move_id)
-        if move is None or move.step != PAUSE.name:
+        if move is None or not _waits_for(move, convoy_task, [PAUSE.name]):
             return
         try:
             entry = await context.lock(move)
