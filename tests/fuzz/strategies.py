@@ -140,7 +140,7 @@ def _of_type(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(list(hint))
     simple: dict[Any, st.SearchStrategy[Any]] = {
         int: COUNTS, float: NUMBERS, bool: st.booleans(), str: NAMES, type(None): st.none(), ActorId: ACTOR_IDS,
-        FerryError: ERRORS, Any: JSON,
+        FerryError: ERRORS, bytes: st.binary(max_size=8), Any: JSON,
     }  # fmt: skip
     return simple[hint]
 
@@ -179,14 +179,15 @@ def _record(value: Record) -> Record:
         Kind.COMMAND: ("message_id", "session", "number", "events", "reply"),
         Kind.REJECTION: ("message_id", "session", "number", "error"),
         Kind.CLAIM: (),
-        Kind.SNAPSHOT: ("memory", "frame"),
+        Kind.SNAPSHOT: ("pieces",) if value.pieces else ("memory", "frame"),
+        Kind.PIECE: ("piece",),
     }[value.kind]
     common = {name: getattr(value, name) for name in ("kind", "epoch", "incarnation", "trail", *kept)}
     if value.kind is Kind.REJECTION:
         common["error"] = errors.to_wire(errors.Rejected("no"))
     if "session" in common:  # its commands are numbered from 1
         common["number"] = max(1, value.number) if common["session"] else 0
-    if value.kind is Kind.SNAPSHOT and value.frame is None:
+    if "frame" in common and value.frame is None:
         common["frame"] = Frame(schema=1, codec="raw", state_bytes=0, digest=digest_of(b""), body=b"")
     return Record(**common)
 
