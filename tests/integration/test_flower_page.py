@@ -154,8 +154,9 @@ async def _seeded(redis_url: str) -> dict[str, Move]:
         move = await store.save(replace(moves[name], started_at=1_000.5))
         for number, status in enumerate(list(STATUS_AFTER.values())[:steps], start=1):
             captured = [replace(row, version=7, state_bytes=1_500, digest="d1ge57") for row in rows[move.id]]
+            more = {"actors_total": len(captured)} | (last if number == steps else {})
             move = await store.save(
-                advance(move, status, now=1_000.5 + 0.012 * number, **(last if number == steps else {})),
+                advance(move, status, now=1_000.5 + 0.012 * number, **more),
                 actors=captured if status is MigrationStatus.CAPTURED else (),
             )
         return move
