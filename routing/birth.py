@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import orjson
 import structlog
 
 from routing.errors import Incompatible, InDoubt, Timeout, Unavailable, WrongSequence
 from routing.jsonlike import shown
-from routing.link import Link, StreamSpec
+from routing.link import Entry, Link, StreamSpec
 from routing.settings import MAX_LOGS, MAX_SHARDS, Settings
 from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
 
@@ -25,9 +26,12 @@ RETRY_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Birth:
+    """What is fixed for a cluster's life. `id` tells it from any other; empty where an earlier version founded it."""
+
     shards: int
     logs: int
     wire: int
+    id: str = ""
 
 
 async def found_or_join(link: Link, settings: Settings) -> Birth:
@@ -51,14 +55,14 @@ async def found_or_join(link: Link, settings: Settings) -> Birth:
 
 async def _found_or_join(link: Link, settings: Settings) -> Birth:
     subjects = settings.subjects
-    wanted = Birth(shards=settings.shards, logs=settings.logs, wire=WIRE_VERSION)
+    wanted = Birth(shards=settings.shards, logs=settings.logs, wire=WIRE_VERSION, id=uuid.uuid4().hex)
     map_stream = StreamSpec(
         name=kv_stream(subjects.map_bucket), subjects=(kv_subject(subjects.map_bucket, ">"),), keep=1,
         replicas=settings.replicas,
     )  # fmt: skip
     await link.ensure_stream(map_stream, timeout_s=TIMEOUT_S)
     subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
-    document = orjson.dumps({"shards": wanted.shards, "logs": wanted.logs, "wire": wanted.wire})
+    document = orjson.dumps(asdict(wanted))
     with suppress(WrongSequence, InDoubt):  # born already, or we cannot tell: reading decides
         await link.append(subject, document, expected=0, timeout_s=TIMEOUT_S)
     born = await read_birth(link, subjects)
@@ -81,21 +85,28 @@ async def _found_or_join(link: Link, settings: Settings) -> Birth:
 
 async def read_birth(link: Link, subjects: Subjects) -> Birth:
     """Raises Unavailable when no such cluster was ever started here, Incompatible for another wire version."""
-    subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
-    stored = await link.last(kv_stream(subjects.map_bucket), subject, timeout_s=TIMEOUT_S)
+    stored = await last_birth(link, subjects, timeout_s=TIMEOUT_S)
     if stored is None:
         raise Unavailable(f"no cluster named {subjects.cluster!r} here: start a node first, or check FERRY_CLUSTER")
     return decode_birth(stored.payload, subjects.cluster)
+
+
+async def last_birth(link: Link, subjects: Subjects, *, timeout_s: float) -> Entry | None:
+    """The birth document as it is stored. Raises StreamMissing, Unavailable, Timeout."""
+    subject = kv_subject(subjects.map_bucket, CLUSTER_KEY)
+    return await link.last(kv_stream(subjects.map_bucket), subject, timeout_s=timeout_s)
 
 
 def decode_birth(payload: bytes, cluster: str) -> Birth:
     """Raises Incompatible for another wire version, and for what no Ferry wrote."""
     try:
         document = orjson.loads(payload)
-        born = Birth(shards=document["shards"], logs=document["logs"], wire=document["wire"])
+        born = Birth(shards=document["shards"], logs=document["logs"], wire=document["wire"], id=document.get("id", ""))
         if any(type(value) is not int for value in (born.shards, born.logs, born.wire)):
             raise TypeError("expected three whole numbers")
-    except (ValueError, KeyError, TypeError) as error:
+        if type(born.id) is not str:
+            raise TypeError("expected an id")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Incompatible(f"cluster {cluster} has an unreadable birth document: {shown(error)}") from error
     if born.wire != WIRE_VERSION:
         raise Incompatible(

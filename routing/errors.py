@@ -4,6 +4,7 @@ FerryError
 ├── TransientError          trying again may help; the only errors a Celery step retries
 │   ├── Timeout             no answer in time, and nothing can have been changed by the question
 │   ├── Unavailable         nobody can serve this now: no owner, no responder, no connection
+│   │   └── StreamMissing   NATS answers, and has no such stream
 │   ├── Busy                the receiver asks to come back after `retry_after_s`
 │   ├── Moved               another node owns the actor; carries whom to ask
 │   ├── OutOfOrder          an earlier command of the same session has not arrived yet: send that one first
@@ -49,6 +50,10 @@ class Timeout(TransientError):
 
 class Unavailable(TransientError):
     """Nobody can serve this now: no owner, no responder, or no connection."""
+
+
+class StreamMissing(Unavailable):
+    """NATS answers, and has no such stream: nobody has made it yet, or what it stored is gone."""
 
 
 class Busy(TransientError):
@@ -144,9 +149,9 @@ class InvariantViolated(FerryError):
 _BY_NAME: dict[str, type[FerryError]] = {
     cls.__name__: cls
     for cls in (
-        Timeout, Unavailable, Busy, OutOfOrder, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
-        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, SessionExpired, NotApplicable, Incompatible,
-        InDoubt, Moved, InvariantViolated, TransientError, PermanentError, FerryError,
+        Timeout, Unavailable, StreamMissing, Busy, OutOfOrder, WrongSequence, Rejected, HandlerFailed, InvalidInput,
+        UnknownActorType, UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, SessionExpired, NotApplicable,
+        Incompatible, InDoubt, Moved, InvariantViolated, TransientError, PermanentError, FerryError,
     )
 }  # fmt: skip
 

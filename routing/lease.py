@@ -1,7 +1,8 @@
 """A lease: one key that its holder renews and that expires by itself when the holder is gone.
 
 For liveness only. The holder trusts it up to a margin before its end, counted from *before the sending* of the
-last renewal that was acknowledged, on a clock that runs while the machine is suspended; safety rests on epochs.
+last renewal that was acknowledged, on a clock that runs while the machine is suspended; safety rests on epochs. While
+the link is in doubt, which may be about another cluster's NATS, it is not trusted, renewed or given back.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Lease:
 
     def is_trusted(self) -> bool:
         """Whether the holder may still act as the holder."""
-        return self._clock() < self._trusted_until
+        return self._clock() < self._trusted_until and not self._link.in_doubt
 
     async def holder(self) -> tuple[dict[str, Any] | None, int]:
         """(the document of whoever holds the key, or None; the key's last sequence, 0 for none).

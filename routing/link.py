@@ -67,6 +67,10 @@ class Link(Protocol):
     counted and logged, never lost with the subscription.
     """
 
+    in_doubt: bool
+    """Whether this may be another NATS than before (routing/identity.py): while it is set, nothing is stored through
+    this link; `append`, `append_then` and `purge` raise Unavailable."""
+
     @property
     def connected(self) -> bool: ...
 
@@ -117,7 +121,10 @@ class Link(Protocol):
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
-        """The subject's last message, read from the leader. None when there is none. Raises Timeout, Unavailable."""
+        """The subject's last message, read from the leader. None when there is none.
+
+        Raises Timeout, Unavailable; StreamMissing when the server says that there is no such stream.
+        """
 
     async def read(self, stream: str, sequences: Sequence[int], *, timeout_s: float) -> list[Entry | None]:
         """The messages at `sequences`, in that order, all at once. None where one was removed, as the leader says.

@@ -60,6 +60,7 @@ class NatsLink:
 
     def __init__(self, connection: NatsConnection) -> None:
         self._connection = connection
+        self.in_doubt = False
         self._watches: set[_LinkWatch] = set()
         self._direct: dict[str, float] = {}  # streams that allow direct gets -> not before when, on the loop's clock
         self.answer, self.takes_more = connection.answer, connection.takes_more  # not even a call more: every command's
@@ -148,6 +149,7 @@ class NatsLink:
     ) -> int:  # fmt: skip
         """See Link.append. WrongSequence also means that another append on the subject is still in flight (three
         replicas): either way, read again before deciding again."""
+        self._check_certain(subject)
         headers = b"" if expected is None else EXPECTED % expected
         if rollup:
             headers += ROLLUP
@@ -175,6 +177,7 @@ class NatsLink:
                 outcome = error
             then(outcome)
 
+        self._check_certain(subject)
         headers = EXPECTED % expected
         if rollup:
             headers += ROLLUP
@@ -194,6 +197,7 @@ class NatsLink:
         return [found[sequence] for sequence in sequences]
 
     async def purge(self, stream: str, subject: str, *, before: int, timeout_s: float) -> None:
+        self._check_certain(subject)
         answer = await self._ask(f"STREAM.PURGE.{stream}", {"filter": subject, "seq": before}, timeout_s)
         if (error := answer.get("error")) is not None:
             raise Unavailable(f"{subject} was not purged: {_said(error)}")
@@ -235,6 +239,10 @@ class NatsLink:
         for watch in tuple(self._watches):
             await watch.stop()
         await self._connection.close()
+
+    def _check_certain(self, subject: str) -> None:
+        if self.in_doubt:
+            raise Unavailable(f"{subject} was not stored: not known yet whether this is the same cluster as before")
 
     async def _stored(self, stream: str, which: Sequence[dict[str, Any]], timeout_s: float) -> list[Entry | None]:
         questions = [orjson.dumps(one) for one in which]

@@ -11,15 +11,15 @@ from binascii import a2b_base64
 
 import orjson
 
-from routing.errors import Unavailable
+from routing.errors import StreamMissing, Unavailable
 from routing.link import Entry
 
-_NO_MESSAGE = 10037
+_NO_MESSAGE, _NO_STREAM = 10037, 10059
 _SUBJECT, _SEQUENCE = b"\r\nNats-Subject: ", b"\r\nNats-Sequence: "
 
 
 def entry_in_document(stream: str, answered: bytes) -> Entry | None:
-    """What STREAM.MSG.GET answered. None where there is no such message; Unavailable for every other refusal."""
+    """What STREAM.MSG.GET answered. None where there is no such message; Unavailable for any other refusal."""
     answer = orjson.loads(answered)
     error = answer.get("error")
     if error is None:
@@ -29,7 +29,8 @@ def entry_in_document(stream: str, answered: bytes) -> Entry | None:
         return _entry(message["seq"], message["subject"], payload, headers)
     if error.get("err_code") == _NO_MESSAGE:
         return None
-    raise Unavailable(
+    refusal = StreamMissing if error.get("err_code") == _NO_STREAM else Unavailable
+    raise refusal(
         f"stream {stream} cannot be read: {error.get('description')} [{error.get('err_code')}]: start a node, or check"
         " FERRY_CLUSTER"
     )

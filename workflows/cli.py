@@ -33,6 +33,9 @@ from workflows.command_line import (
 from workflows.records import MigrationStatus, Move, to_document
 
 if TYPE_CHECKING:
+    from routing.link import Link
+    from runtime.node import Node
+    from workflows.coordinator import Coordinator
     from workflows.session import Session
 
 SHARD_PREFIX = "shard/"
@@ -108,8 +111,7 @@ async def _run_node(settings: Settings, weight: float, role: str, stopping: asyn
     if link is None or transfer is None:
         return
     process = Node(settings, link=link, transfer_link=transfer, classes=classes, weight=weight, role=role)
-    await process.start()
-    await process.serve(stopping)
+    await _serve(process, link, settings, stopping)
 
 
 @cli.command()
@@ -144,8 +146,15 @@ async def _run_coordinator(settings: Settings, name: str, stopping: asyncio.Even
         return
     store = RecordStore.connect(settings.redis_url, settings.cluster)
     process = Coordinator(settings, name=name, link=link, store=store, launch=launch)
+    await _serve(process, link, settings, stopping)
+
+
+async def _serve(process: Node | Coordinator, link: Link, settings: Settings, stopping: asyncio.Event) -> None:
+    from routing.identity import Identity
+
+    identity = await Identity.join(link, settings)
     await process.start()
-    await process.serve(stopping)
+    await identity.while_same(process.serve(stopping))
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

@@ -21,8 +21,17 @@ from routing import control, shard_map
 from routing.birth import read_birth
 from routing.control import ROWS_PER_PAGE, StepRequest
 from routing.directory import Directory, MapEntry
-from routing.errors import InvalidInput, NotApplicable, Timeout, TransientError, Unavailable, WrongSequence
+from routing.errors import (
+    Incompatible,
+    InvalidInput,
+    NotApplicable,
+    Timeout,
+    TransientError,
+    Unavailable,
+    WrongSequence,
+)
 from routing.failpoints import Failpoints
+from routing.identity import Identity
 from routing.jsonlike import shown
 from routing.link import Link
 from routing.nats_link import NatsLink
@@ -53,7 +62,9 @@ class StepContext:
     def __init__(
         self, *, link: Link, subjects: Subjects, directory: Directory, store: RecordStore, settings: Settings,
         failpoints: Failpoints | None = None, wall_clock: Callable[[], float] = time.time,
+        identity: Identity | None = None,
     ) -> None:  # fmt: skip
+        self.identity = identity  # None: somebody else looks after it
         self.link, self.subjects, self.directory, self.store = link, subjects, directory, store
         self.settings, self.failpoints = settings, failpoints or Failpoints()
         self.now = wall_clock
@@ -397,9 +408,24 @@ class Worker:
         if self._connecting is None:
             self._connecting = asyncio.Lock()
         async with self._connecting:
-            if self._context is None:
-                self._context = await open_context(self._settings)
-        return await act(self._context)
+            context = self._context = await self._same_or_new(self._context)
+        return await act(context)
+
+    async def _same_or_new(self, context: StepContext | None) -> StepContext:
+        """The context, or a new one when NATS holds another cluster by now: a worker keeps nothing worth ending for.
+
+        Raises Unavailable, Timeout, Incompatible.
+        """
+        if context is not None and context.identity is not None:
+            try:
+                await context.identity.confirm()
+            except Incompatible as error:
+                log.warning("begun anew", error=str(error))
+                opened = await open_context(self._settings)
+                await context.link.close()
+                await context.store.close()
+                return opened
+        return context or await open_context(self._settings)
 
 
 async def open_context(settings: Settings, *, name: str = "ferry-worker") -> StepContext:
@@ -412,7 +438,7 @@ async def open_context(settings: Settings, *, name: str = "ferry-worker") -> Ste
         store = RecordStore.connect(settings.redis_url, settings.cluster)
         return StepContext(
             link=link, subjects=subjects, directory=directory, store=store, settings=settings,
-            failpoints=Failpoints.from_environment(),
+            failpoints=Failpoints.from_environment(), identity=Identity(link, subjects, born),
         )  # fmt: skip
     except BaseException:
         await link.close()

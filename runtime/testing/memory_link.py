@@ -41,6 +41,7 @@ class MemoryLink:
         self.handler_errors = 0
         self._server, self._inbox = server, inbox
         self._connected, self._closed = True, False
+        self.in_doubt = False
         self._up, self._down = _Wire(server, server.context), _Wire(server, context)
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
         self._in_flight: set[asyncio.Future[Any] | _Told[Any]] = set()
@@ -143,7 +144,7 @@ class MemoryLink:
     ) -> int:  # fmt: skip
         payload = b"" if discard else payload
         store = partial(self._store, subject, payload, expected=expected, rollup=rollup, ttl_s=ttl_s, discard=discard)
-        self._check(subject, payload)
+        self._check_stored(subject, payload)
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._ask(self._fate("append", subject), store, future)
         try:
@@ -160,7 +161,7 @@ class MemoryLink:
             then(_in_doubt(subject, timeout_s) if isinstance(outcome, Timeout) else outcome)
 
         store = partial(self._store, subject, payload, expected=expected, rollup=rollup, ttl_s=None, discard=False)
-        self._check(subject, payload)
+        self._check_stored(subject, payload)
         told = _Told(ended)
         timer = asyncio.get_running_loop().call_later(timeout_s, _fail, told, _too_late(subject, timeout_s))
         self._in_flight.add(told)
@@ -198,6 +199,7 @@ class MemoryLink:
         def remove() -> None:
             self._server.stream(stream).purge(subject, before=before)
 
+        self._check_stored(subject, b"")
         await self._call(self._fate("append", subject), subject, remove, timeout_s)
 
     async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> _MemoryWatch:
@@ -282,6 +284,11 @@ class MemoryLink:
         if len(payload) > self._server.max_payload:
             limit = self._server.max_payload
             raise PayloadTooLarge(f"{len(payload)} bytes for {subject}: the server takes at most {limit}")
+
+    def _check_stored(self, subject: str, payload: bytes) -> None:
+        if self.in_doubt:
+            raise Unavailable(f"{subject} was not stored: not known yet whether this is the same cluster as before")
+        self._check(subject, payload)
 
     def _on_answer(self, message: Message) -> None:
         future = self._waiting.pop(message.subject, None)

@@ -22,7 +22,7 @@ from contextvars import Context
 from functools import partial
 from typing import Literal
 
-from routing.errors import Incompatible, Unavailable
+from routing.errors import Incompatible, StreamMissing, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from runtime.testing.memory_link import MemoryLink, MemorySubscription
 from runtime.testing.memory_stream import MemoryStream, matches
@@ -84,6 +84,10 @@ class MemoryNats:
         """
         return self.stream(stream).truncate(sequence)
 
+    def lose_everything(self) -> None:
+        """Have no stream any more, as a server that was given an empty disk. Links have to be cut before."""
+        self._streams.clear()
+
     def entries(self, stream: str) -> list[Entry]:
         """What a stream holds now, in order, for assertions. Raises Unavailable when there is no such stream."""
         return list(self.stream(stream).entries.values())
@@ -131,7 +135,7 @@ class MemoryNats:
 
     def stream(self, name: str) -> MemoryStream:
         if name not in self._streams:
-            raise Unavailable(f"there is no stream {name}: call ensure_stream first")
+            raise StreamMissing(f"there is no stream {name}: call ensure_stream first")
         return self._streams[name]
 
     def stream_of(self, subject: str) -> MemoryStream:

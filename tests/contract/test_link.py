@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import pytest
 
-from routing.errors import Incompatible, InDoubt, PayloadTooLarge, Timeout, Unavailable, WrongSequence
+from routing.errors import Incompatible, InDoubt, PayloadTooLarge, StreamMissing, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Handler, Link, Message, StreamSpec
 
 if TYPE_CHECKING:
@@ -627,6 +627,34 @@ class TestWatches:
 
 
 class TestLife:
+    async def test_nothing_is_stored_through_a_link_in_doubt(self, link_pair: LinkPair) -> None:
+        """Property: what is meant for one cluster never gets into another; what is stored can be read meanwhile."""
+        alice, _ = link_pair
+        await alice.ensure_stream(JOURNAL, timeout_s=WAIT_S)
+        stored = await alice.append("ev.a", b"stored", expected=0, timeout_s=WAIT_S)
+        alice.in_doubt = True
+
+        with pytest.raises(Unavailable):
+            await alice.append("ev.a", b"refused", expected=stored, timeout_s=WAIT_S)
+        with pytest.raises(Unavailable):
+            alice.append_then("ev.b", b"refused", expected=0, timeout_s=WAIT_S, then=lambda outcome: None)
+        with pytest.raises(Unavailable):
+            await alice.purge("journal", "ev.a", before=stored + 1, timeout_s=WAIT_S)
+        entry = await alice.last("journal", "ev.a", timeout_s=WAIT_S)
+        assert entry is not None
+        assert entry.payload == b"stored"
+        assert await alice.last("journal", "ev.b", timeout_s=WAIT_S) is None
+
+        alice.in_doubt = False
+        assert await alice.append("ev.a", b"more", expected=stored, timeout_s=WAIT_S) == stored + 1
+
+    async def test_a_stream_that_is_not_there_is_told_from_a_server_that_is_not(self, link_pair: LinkPair) -> None:
+        """Property: only the former says that what was stored is gone."""
+        alice, _ = link_pair
+
+        with pytest.raises(StreamMissing):
+            await alice.last("no-such-stream", "ev.a", timeout_s=WAIT_S)
+
     async def test_a_dead_link_refuses_at_once_and_sends_nothing_later(
         self, server: Server, link_pair: LinkPair
     ) -> None:

@@ -199,7 +199,9 @@ LEASES = st.fixed_dictionaries(
         "version": NAMES,
     }
 )  # fmt: skip
-BIRTHS = st.fixed_dictionaries({"shards": st.integers(1, 65_536), "logs": st.integers(1, 64), "wire": st.just(1)})
+BIRTHS = st.fixed_dictionaries(
+    {"shards": st.integers(1, 65_536), "logs": st.integers(1, 64), "wire": st.just(1)}, optional={"id": st.text()}
+)
 MANIFEST_ROWS = valid(ManifestRow)
 SETTINGS = Settings()
 
