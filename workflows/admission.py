@@ -21,7 +21,7 @@ import structlog
 from routing.directory import Directory, MapEntry
 from routing.errors import WrongSequence
 from workflows.context import StepContext
-from workflows.records import STEPS, TERMINAL, Move
+from workflows.records import STEPS, TERMINAL, Move, in_a_new_chain
 from workflows.store import RecordStore
 
 log = structlog.get_logger("ferry.admission")
@@ -177,9 +177,7 @@ class Admission:
 
     async def launch_again(self, move: Move) -> None:
         """Send the chain from the step it waits for once more, under new task ids."""
-        left = STEPS[STEPS.index(move.step or STEPS[0]) :]
-        task_ids = move.task_ids | {step: str(uuid.uuid4()) for step in left}
-        stored = await self._store.save(replace(move, step_at=self._wall_clock(), task_ids=task_ids))
+        stored = await self._store.save(in_a_new_chain(move, now=self._wall_clock()))
         self.running[move.id] = stored
         await self._launch(stored)
 

@@ -8,7 +8,8 @@
 A move is one Celery chain of six tasks. Each loads the move's record, asks a node over NATS, and saves the record by
 compare-and-set; tasks carry the move's id and nothing else, and state never passes through Celery or Redis. Small moves
 that go the same way share a chain, a convoy: each step is then taken by all of them at once, and each for itself. One
-whose step fails for now leaves it, and goes on in a chain of its own, so that the others do not stand still meanwhile.
+whose step fails for now leaves it, and goes on in a chain of its own, so that the others do not stand still meanwhile
+(workflows/driver.py).
 
       worker                         source (a)                          destination (b)                     map
     1 pause       LOCK ------------------------------------------------------------------------> a, e, m -> b
@@ -39,30 +40,25 @@ that is moved by hand is a unit of its own, with a key of its own in the map, an
 
 from __future__ import annotations
 
-import asyncio
 import random
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import structlog
 from celery import Task, chain
 
-from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError, WrongSequence
+from routing.errors import InDoubt, NotApplicable, PermanentError, TransientError
 from routing.shard_map import Outcome
-from workflows.ahead import Ahead
 from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
-from workflows.context import SAVE_ATTEMPTS, StepContext, Worker
-from workflows.records import STEPS, TERMINAL, ActorRow, MigrationStatus, Move
+from workflows.context import StepContext, Worker
+from workflows.driver import STEP_RETRIES, Driver, Step
+from workflows.records import STEPS, ActorRow, MigrationStatus, Move
 
 log = structlog.get_logger("ferry.migration")
 
-STEP_RETRIES = 4  # then the move rolls back; with the back-off below that is 1.5 to 3 s, well within the pause lease
-RETRY_FIRST_S = 0.1
-BEHIND_S = (0.005, 0.02)  # steps are recorded while the chain is handed on: another worker may have to wait a moment
+RETRY_FIRST_S = 0.1  # how long a step waits for its second try; twice as long for each one after
 
 
 # -- the six steps, in the order of time -----------------------------------------------------------------------------
@@ -191,18 +187,6 @@ async def roll_back_together(context: StepContext, move_ids: Sequence[str]) -> N
 
 
 # -- as Celery tasks -------------------------------------------------------------------------------------------------
-Act = Callable[[StepContext, Move], Awaitable[Move]]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step: its name, what it does, and how urgent it is."""
-
-    name: str
-    act: Act
-    priority: int
-
-
 CHAIN: tuple[Step, ...] = (
     Step("pause", pause, PRIORITY_PAUSE),
     Step("capture", capture, PRIORITY_BEGUN),
@@ -212,206 +196,7 @@ CHAIN: tuple[Step, ...] = (
     Step("delete", delete, PRIORITY_BEGUN),
 )
 assert tuple(step.name for step in CHAIN) == STEPS
-PAUSE, *PREPARING, DELETE = CHAIN  # the steps in between follow from the pause, and ABORT undoes them
-AWAIT_ACK = PREPARING[-1]
-
-
-async def take(step: Step, context: StepContext, move_id: str, attempt: int, *, convoy_task: str | None = None) -> None:
-    """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
-
-    A step before it that is not recorded, because its worker died too early, is taken again first. With the id of its
-    convoy's task, a move that has left the convoy is let alone as well.
-    """
-    if attempt == 0 and await context.relieves(move_id, step.name):
-        go_on_ahead(step, context, move_id)
-        return
-    async with context.turn(move_id):
-        await _take(step, context, move_id, attempt, convoy_task)
-
-
-async def _take(step: Step, context: StepContext, move_id: str, attempt: int, convoy_task: str | None = None) -> None:
-    move = await context.recall(move_id, fresh=attempt > 0)
-    for pause_s in BEHIND_S:
-        if _waits_for(move, convoy_task, STEPS[: _place(step.name)]):  # another worker's record, perhaps on its way
-            await asyncio.sleep(pause_s)
-            move = await context.recall(move_id, fresh=True)
-    while move is not None and _waits_for(move, convoy_task, STEPS[: _place(step.name) + 1]):
-        due = CHAIN[_place(move.step)]
-        try:
-            done = await _act(due, context, move, attempt)
-        except WrongSequence:
-            move = await context.recall(move_id, fresh=True)
-            if move is None or move.status not in TERMINAL:
-                raise
-            continue  # another worker, or whoever ends moves, has recorded the end meanwhile
-        if due is step:
-            go_on_ahead(step, context, move_id, done)
-            return
-        move = await context.recall(move_id)
-    log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
-
-
-def go_on_ahead(step: Step, context: StepContext, move_id: str, done: Move | None = None) -> None:
-    """Begin to take what may be taken while Celery hands the chain on from a step that is `done`, or was before."""
-    if step is PAUSE and done is not None and done.status not in TERMINAL:
-        context.run_ahead(move_id, [step.name for step in PREPARING], partial(_prepare_ahead, context, done))
-    elif step is AWAIT_ACK:
-        context.run_ahead(move_id, [DELETE.name], partial(_commit_ahead, context, move_id))
-    else:
-        context.write_down(move_id)
-
-
-async def _prepare_ahead(context: StepContext, move: Move, ahead: Ahead) -> None:
-    """The steps up to COMMIT, as far as the source has taken them. The next one's own task goes on from there."""
-    await context.prepare(move, [step.name for step in PREPARING])
-    for step in PREPARING:
-        if not context.is_prepared(move.id, step.name):
-            return
-        context.failpoints.hit(f"{step.name}.begin")
-        move = await step.act(context, replace(move, attempts=move.attempts + 1))
-        context.failpoints.hit(f"{step.name}.end")
-        ahead.taken(step.name)
-
-
-async def _commit_ahead(context: StepContext, move_id: str, ahead: Ahead) -> None:
-    """COMMIT, once the steps before it are on record. A refusal is kept for its task, as that one's first try."""
-    try:
-        async with context.turn(move_id):
-            await _take(DELETE, context, move_id, 0)
-    except (PermanentError, TransientError, InDoubt) as error:
-        ahead.refused(error)
-        raise
-    ahead.taken(DELETE.name)
-
-
-async def _act(step: Step, context: StepContext, move: Move, attempt: int) -> Move:
-    """One step. An error that ends the move is written into its record first, because the rollback runs elsewhere."""
-    plan = await context.store.plan(move.plan_id) if step is PAUSE else None
-    if plan is not None and plan.cancelled:
-        return await context.settle(move.id, error="its plan was cancelled") or move
-    try:
-        context.failpoints.hit(f"{step.name}.begin")
-        done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt))
-    except (PermanentError, TransientError, InDoubt) as error:
-        if isinstance(error, PermanentError) or attempt >= STEP_RETRIES:
-            await _write_error(context, move.id, f"{step.name}: {error}", attempt)
-        raise
-    context.failpoints.hit(f"{step.name}.end")
-    log.info("step done", step=step.name, move=move.id, unit=move.unit, status=done.status)
-    return done
-
-
-def _place(step: str | None) -> int:
-    """Where a step stands in the chain; a record without one has ended, or not begun."""
-    return STEPS.index(step or STEPS[0])
-
-
-def _waits_for(move: Move | None, convoy_task: str | None, steps: Sequence[str]) -> bool:
-    """Whether a move has one of these steps before it, and no other chain to take it."""
-    if move is None or move.status in TERMINAL or move.step not in steps:
-        return False
-    return convoy_task is None or convoy_task in move.task_ids.values()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parted:
-    """The moves that do not go on with their chain: `lost` are to be rolled back, `behind` launched again alone."""
-
-    lost: Sequence[str] = ()
-    behind: Sequence[Move] = ()
-
-
-async def drive(step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str) -> Parted:
-    """What one task does: take its step of one move, or of a convoy. Returns and raises as `take_together`."""
-    if step is PAUSE and attempt == 0:
-        await _stand_in_line(context, move_ids, task_id)
-    if len(move_ids) > 1:
-        return await take_together(step, context, move_ids, attempt, task_id)
-    await take(step, context, move_ids[0], attempt)
-    return Parted()
-
-
-async def take_together(
-    step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str
-) -> Parted:
-    """Take one step of every move of a convoy; returns those that cannot go on with the others.
-
-    What may pass is raised while no move has taken the step, and then all are tried again. Once one has, its actors
-    would stand still for the tries of the others: those leave the convoy.
-    """
-    outcomes = await asyncio.gather(
-        *(take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids), return_exceptions=True
-    )
-    errors = {
-        move_id: error for move_id, error in zip(move_ids, outcomes, strict=True) if isinstance(error, BaseException)
-    }
-    for error in errors.values():
-        if not isinstance(error, (PermanentError, TransientError, InDoubt)):
-            raise error
-    lost = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
-    may_pass = [move_id for move_id in errors if move_id not in lost]
-    if may_pass and len(errors) == len(move_ids):
-        raise errors[may_pass[0]]
-    left = [await _leave(step, context, move_id, task_id) for move_id in may_pass]
-    return Parted(lost=lost, behind=[move for move in left if move is not None])
-
-
-async def _leave(step: Step, context: StepContext, move_id: str, task_id: str) -> Move | None:
-    """Have a move leave its convoy: its record names new task ids for the steps before it. Returns that record.
-
-    None when it needs no chain of its own: it has taken the step or ended, and somebody else wrote that down, or it has
-    another chain. Should this process die before that chain is sent, the reconciler sends one. While its record cannot
-    be written the move stays: the next task of the convoy takes this step of it first, and after the last the
-    reconciler sends it again.
-    """
-    context.standing_still.end(move_id)
-    try:
-        async with context.turn(move_id):
-            for _ in range(SAVE_ATTEMPTS):
-                move = await context.recall(move_id, fresh=True)
-                if move is None or not _waits_for(move, task_id, STEPS[: _place(step.name) + 1]):
-                    return None
-                with suppress(WrongSequence):
-                    return await context.store.save(_on_its_own(move, context.now()))
-    except (TransientError, InDoubt) as error:
-        log.warning("stays in its convoy", step=step.name, move=move_id, error=str(error))
-    return None
-
-
-def _on_its_own(move: Move, now: float) -> Move:
-    task_ids = move.task_ids | {step: str(uuid.uuid4()) for step in STEPS[_place(move.step) :]}
-    return replace(move, task_ids=task_ids, step_at=now)
-
-
-async def _stand_in_line(context: StepContext, move_ids: Sequence[str], task_id: str) -> None:
-    """Before the first gate of a chain is closed: copy ahead, and let the chain before it commit.
-
-    A move that is alone in its chain, with none before it, is copied ahead by its `pause`.
-    """
-    if len(move_ids) > 1 or context.standing_still.would_wait(move_ids):
-        convoy_task = task_id if len(move_ids) > 1 else None
-        await asyncio.gather(*(_copy_ahead(context, move_id, convoy_task) for move_id in move_ids))
-    await context.standing_still.begin(move_ids)
-
-
-async def _copy_ahead(context: StepContext, move_id: str, convoy_task: str | None) -> None:
-    """LOCK one move and copy it ahead, with its gate open. `pause` tells what fails."""
-    async with context.turn(move_id):
-        move = await context.recall(move_id)
-        if move is None or not _waits_for(move, convoy_task, [PAUSE.name]):
-            return
-        try:
-            entry = await context.lock(move)
-            await context.ask_through(move.source, "precopy", replace(move, epoch=entry.ownership.epoch))
-        except (PermanentError, TransientError, InDoubt, WrongSequence) as error:
-            log.info("not copied ahead", move=move_id, error=str(error))
-
-
-async def _write_error(context: StepContext, move_id: str, error: str, attempt: int) -> None:
-    move = await context.store.move(move_id)
-    if move is not None and move.status not in TERMINAL:
-        with suppress(WrongSequence):  # it has gone on meanwhile, and what went wrong is in the log
-            await context.store.save(replace(move, error=error, attempts=move.attempts + 1 + attempt))
+driver = Driver(CHAIN)
 
 
 def _task_for(step: Step) -> Any:
@@ -421,11 +206,11 @@ def _task_for(step: Step) -> Any:
     def task(self: Task, *move_ids: str) -> None:
         task_id, retries, worker = self.request.id, self.request.retries, Worker.get(settings)
         if not retries and worker.relieved(step.name, move_ids):
-            if step is AWAIT_ACK:
-                worker.begin(partial(go_on_ahead, step), move_ids)
+            if step.name == "await_ack":
+                worker.begin(partial(driver.go_on_ahead, step), move_ids)
             return
         try:
-            parted = worker.run(lambda context: drive(step, context, move_ids, retries, task_id))
+            parted = worker.run(lambda context: driver.drive(step, context, move_ids, retries, task_id))
         except (TransientError, InDoubt) as error:
             log.warning("step failed", step=step.name, moves=move_ids, retries=retries, error=str(error))
             raise self.retry(exc=error, countdown=_countdown_s(retries), priority=step.priority) from error
@@ -464,7 +249,8 @@ def launch(*moves: Move, retries: int = 0) -> None:
     first, move_ids = moves[0], [move.id for move in moves]
     signatures = [
         TASKS[step.name].si(*move_ids).set(task_id=first.task_ids[step.name], priority=step.priority)
-        for step in CHAIN[_place(first.step) :]
+        for step in CHAIN
+        if step.name in first.steps_left
     ]
     if retries:
         signatures[0].set(retries=retries, countdown=_countdown_s(retries - 1))

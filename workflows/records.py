@@ -12,6 +12,7 @@ Times are Unix seconds, durations name their unit, sizes are bytes. None means "
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -104,6 +105,16 @@ class Move:
     finished_at: float | None = None
     step_at: float | None = None  # of the latest change of status: a reconciler's deadline counts from here
     revision: int = 0
+
+    @property
+    def steps_left(self) -> tuple[str, ...]:
+        """The steps it has before it; none once it has ended."""
+        return STEPS[STEPS.index(self.step) :] if self.step is not None else ()
+
+
+def in_a_new_chain(move: Move, *, now: float) -> Move:
+    """The move with new task ids for the steps it has before it: a chain that was sent earlier is not its any more."""
+    return replace(move, step_at=now, task_ids=move.task_ids | {step: str(uuid.uuid4()) for step in move.steps_left})
 
 
 def advance(move: Move, status: MigrationStatus, *, now: float, **changes: Any) -> Move:

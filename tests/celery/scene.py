@@ -84,7 +84,7 @@ class Scene:
     async def commit_unrecorded(self, planned: Move) -> None:
         """Take a move as far as a worker does that dies right after COMMIT: the map has it, the record does not."""
         for step in migration.CHAIN[:-2]:  # the task of the next one would have COMMIT asked for
-            await migration.take(step, self.context, planned.id, 0)
+            await migration.driver.take(step, self.context, planned.id, 0)
 
         async def all_taken_ahead() -> Move | None:
             move = await self.record(planned)

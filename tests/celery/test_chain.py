@@ -86,7 +86,7 @@ async def test_what_waits_at_the_gate_is_answered_in_order_and_not_sent_again(sc
     # given a paused shard, and flights that each were sent to it as one message
     actor = scene.traffic().aircraft[0]
     planned = await scene.plan_move()
-    await migration.take(migration.CHAIN[0], scene.context, planned.id, 0)
+    await migration.driver.take(migration.CHAIN[0], scene.context, planned.id, 0)
     paused = await scene.context.recall(planned.id)  # once its record is saved
     assert paused is not None
     asked = [asyncio.create_task(scene.ask_once(actor, number)) for number in range(5)]

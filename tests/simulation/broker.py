@@ -16,6 +16,7 @@ from random import Random
 from routing.errors import InDoubt, PermanentError, Timeout, TransientError
 from workflows import migration
 from workflows.context import StepContext
+from workflows.driver import STEP_RETRIES
 from workflows.records import STEPS, Move
 
 ROLLBACK = "rollback"
@@ -125,7 +126,7 @@ class Broker:
                     if task.step == ROLLBACK:
                         await migration.roll_back_together(context, task.move_ids)
                     else:
-                        parted = await migration.drive(
+                        parted = await migration.driver.drive(
                             _STEP[task.step], context, task.move_ids, task.attempt, task.ids[task.step]
                         )
                         for move_id in parted.lost:
@@ -136,7 +137,7 @@ class Broker:
             except TimeoutError as error:
                 raise Timeout("step did not end in time") from error
         except (TransientError, InDoubt):
-            if task.attempt < migration.STEP_RETRIES:
+            if task.attempt < STEP_RETRIES:
                 self.send(replace(task, attempt=task.attempt + 1), self._countdown_s(task.attempt))
             elif task.step != ROLLBACK:
                 self.send(Task(task.move_ids, ROLLBACK))

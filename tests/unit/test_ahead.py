@@ -14,7 +14,7 @@ from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.test_races import Shelf, planned, planned_move, worker
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
-from workflows.migration import CHAIN, drive, take
+from workflows.migration import CHAIN, driver
 from workflows.records import MigrationStatus, Move
 
 PAUSE, SEND, AWAIT_ACK, DELETE = CHAIN[0], CHAIN[3], CHAIN[4], CHAIN[5]
@@ -76,15 +76,15 @@ async def test_after_the_pause_nothing_is_left_to_do_but_to_commit() -> None:
         move = await planned_move(small, shelf)
         context = worker(small, shelf)
 
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
         asked = len(small.messages)
         for step in CHAIN[1:5]:
-            await take(step, context, move.id, 0)
+            await driver.take(step, context, move.id, 0)
 
         assert len(small.messages) == asked
         assert len(step_times(shelf.stored[move.id])) == 5
-        await take(DELETE, context, move.id, 0)
+        await driver.take(DELETE, context, move.id, 0)
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         await small.served_by("b")
 
@@ -99,7 +99,7 @@ async def test_a_unit_of_few_actors_is_prepared_together_with_its_pause(actors: 
         shelf = Shelf()
         move = await planned_move(small, shelf)
 
-        await take(PAUSE, worker(small, shelf), move.id, 0)
+        await driver.take(PAUSE, worker(small, shelf), move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
         assert len(small.messages_to("prepare")) == asked
@@ -137,7 +137,7 @@ async def test_a_step_that_is_delivered_twice_at_once_is_taken_and_recorded_once
         move = await planned_move(small, shelf)
         context = worker(small, shelf)
 
-        await asyncio.gather(*(take(PAUSE, context, move.id, 0) for _ in range(3)))
+        await asyncio.gather(*(driver.take(PAUSE, context, move.id, 0) for _ in range(3)))
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
         assert len(small.messages_to("pause")) == 1
@@ -151,7 +151,7 @@ async def test_a_step_is_recorded_at_the_time_at_which_the_source_took_it() -> N
         shelf = Shelf()
         move = await planned_move(small, shelf)
 
-        await take(PAUSE, worker(small, shelf), move.id, 0)
+        await driver.take(PAUSE, worker(small, shelf), move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
         paused_at, captured_at, serialized_at, sent_at, acked_at = step_times(shelf.stored[move.id])
@@ -173,12 +173,12 @@ async def test_a_worker_that_knows_nothing_takes_all_missing_steps_before_it_com
             raise Unavailable("Redis is away")
 
         shelf.before = lost
-        await take(PAUSE, dead, move.id, 0)
+        await driver.take(PAUSE, dead, move.id, 0)
         await asyncio.sleep(1.0)
         shelf.before = None
         assert shelf.stored[move.id].status is MigrationStatus.PLANNED
 
-        await take(DELETE, other, move.id, 0)
+        await driver.take(DELETE, other, move.id, 0)
 
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         assert await small.send("k", "read") == ["one"]
@@ -196,11 +196,11 @@ async def test_no_commit_is_asked_for_while_the_record_cannot_be_saved() -> None
             raise Unavailable("Redis is away")
 
         shelf.before = lost
-        await take(PAUSE, context, move.id, 0)
-        await take(AWAIT_ACK, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
+        await driver.take(AWAIT_ACK, context, move.id, 0)
 
         with pytest.raises(Unavailable):
-            await take(DELETE, context, move.id, 0)
+            await driver.take(DELETE, context, move.id, 0)
         assert not small.messages_to("commit")
 
 
@@ -211,15 +211,15 @@ async def test_commit_is_asked_for_when_the_chain_has_come_to_await_ack() -> Non
         shelf = Shelf()
         move = await planned_move(small, shelf)
         context = worker(small, shelf)
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         for step in CHAIN[1:4]:
-            await take(step, context, move.id, 0)
+            await driver.take(step, context, move.id, 0)
         await asyncio.sleep(WAIT_S)
         assert not small.messages_to("commit")
 
-        await take(AWAIT_ACK, context, move.id, 0)
+        await driver.take(AWAIT_ACK, context, move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.COMPLETED)
-        await take(DELETE, context, move.id, 0)
+        await driver.take(DELETE, context, move.id, 0)
 
         assert len(small.messages_to("commit")) == 1
 
@@ -239,14 +239,14 @@ async def test_a_commit_that_was_refused_ahead_is_its_tasks_first_try() -> None:
             raise Unavailable("not now")
 
         verbs["commit"] = (schema, refuse)
-        await take(PAUSE, context, move.id, 0)
-        await take(AWAIT_ACK, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
+        await driver.take(AWAIT_ACK, context, move.id, 0)
         with pytest.raises(Unavailable, match="not now"):
-            await take(DELETE, context, move.id, 0)
+            await driver.take(DELETE, context, move.id, 0)
         assert len(asked) == 1
 
         verbs["commit"] = (schema, commit)
-        await take(DELETE, context, move.id, 1)
+        await driver.take(DELETE, context, move.id, 1)
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
 
 
@@ -261,12 +261,12 @@ async def test_two_workers_that_commit_at_once_agree() -> None:
         async def slow(_: object) -> None:
             await asyncio.sleep(0.1)
 
-        await take(PAUSE, ahead, move.id, 0)
+        await driver.take(PAUSE, ahead, move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
         shelf.before = slow
-        await take(AWAIT_ACK, ahead, move.id, 0)
-        await take(DELETE, other, move.id, 0)
-        await take(DELETE, ahead, move.id, 0)
+        await driver.take(AWAIT_ACK, ahead, move.id, 0)
+        await driver.take(DELETE, other, move.id, 0)
+        await driver.take(DELETE, ahead, move.id, 0)
 
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         assert shelf.stored[move.id].blackout_ms is not None
@@ -280,12 +280,12 @@ async def test_a_chain_copies_ahead_while_the_one_before_it_stands_still_and_the
         moves = [await begun(small, shelf, number) for number in range(2)]
         context = worker(small, shelf)
 
-        await drive(PAUSE, context, [moves[0].id], 0, TASK)
-        second = asyncio.ensure_future(drive(PAUSE, context, [moves[1].id], 0, TASK))
+        await driver.drive(PAUSE, context, [moves[0].id], 0, TASK)
+        second = asyncio.ensure_future(driver.drive(PAUSE, context, [moves[1].id], 0, TASK))
         await until(lambda: small.messages_to("precopy"))
         assert len(small.messages_to("pause")) == 1
         for step in CHAIN[1:]:
-            await drive(step, context, [moves[0].id], 0, TASK)
+            await driver.drive(step, context, [moves[0].id], 0, TASK)
         await second
 
         verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
@@ -301,7 +301,7 @@ async def test_a_convoy_is_copied_ahead_before_the_first_gate_is_closed() -> Non
         shelf = Shelf()
         moves = [await begun(small, shelf, number) for number in range(2)]
 
-        await drive(PAUSE, worker(small, shelf), [move.id for move in moves], 0, TASK)
+        await driver.drive(PAUSE, worker(small, shelf), [move.id for move in moves], 0, TASK)
 
         verbs = [subject.rpartition(".")[2] for kind, subject in small.messages if kind == "request"]
         asked = [verb for verb in verbs if verb in ("precopy", "pause")]
@@ -319,8 +319,8 @@ async def test_times_are_in_order_when_the_answer_to_the_pause_was_lost() -> Non
         small.disturb("drop_reply", "request", ".pause")
 
         with pytest.raises(Timeout):
-            await take(PAUSE, context, move.id, 0)
-        await take(PAUSE, context, move.id, 1)
+            await driver.take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 1)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)
 
         times = step_times(shelf.stored[move.id])
@@ -340,13 +340,13 @@ async def test_a_step_that_was_refused_is_recorded_when_it_passes() -> None:
             raise Unavailable("not now")
 
         stage, verbs["stage"] = verbs["stage"], (None, refuse)
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         await asyncio.sleep(0.1)
         with pytest.raises(Unavailable):
-            await take(SEND, context, move.id, 0)
+            await driver.take(SEND, context, move.id, 0)
         await asyncio.sleep(2.0)
         verbs["stage"], tried_at = stage, wall_clock()
-        await take(SEND, context, move.id, 1)
+        await driver.take(SEND, context, move.id, 1)
         await context.recall(move.id)
 
         sent_at = shelf.stored[move.id].sent_at
@@ -363,12 +363,12 @@ async def test_a_record_that_redis_has_lost_costs_a_pause_more() -> None:
         shelf = Shelf()
         move = await planned_move(small, shelf)
         before, context = shelf.stored[move.id], worker(small, shelf)
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.PAUSED)
 
         shelf.stored[move.id] = before
         for step in CHAIN[1:]:
-            await take(step, context, move.id, 0)
+            await driver.take(step, context, move.id, 0)
 
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         assert len(small.messages_to("pause")) == 2
@@ -388,9 +388,9 @@ async def test_a_task_that_comes_twice_does_not_take_a_save_away_from_the_next()
             await asyncio.sleep(0.5)
 
         shelf.before = slow
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         await asyncio.sleep(0.015)
-        await take(PAUSE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 0)
         await asyncio.sleep(1.1)
 
         assert shelf.stored[move.id].status is MigrationStatus.ACKED
@@ -419,8 +419,8 @@ async def test_a_convoy_that_comes_twice_is_copied_ahead_by_one_after_the_other(
 
         async def second() -> None:
             await asyncio.sleep(1.03)
-            await drive(PAUSE, context, [move.id], 0, TASK)
+            await driver.drive(PAUSE, context, [move.id], 0, TASK)
 
-        await asyncio.gather(take(PAUSE, context, move.id, 0), second())
+        await asyncio.gather(driver.take(PAUSE, context, move.id, 0), second())
 
         await until(lambda: shelf.stored[move.id].status is MigrationStatus.ACKED)

@@ -20,6 +20,7 @@ from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission
 from workflows.context import StepContext
+from workflows.driver import STEP_RETRIES, Parted
 from workflows.records import STEPS, MigrationStatus, Move
 
 SHARDS = 8
@@ -205,7 +206,7 @@ STEP, TASK = migration.CHAIN[3], "convoy's send"
 
 async def together(
     monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int = 0, shelf: Shelf | None = None
-) -> tuple[migration.Parted, list[str]]:
+) -> tuple[Parted, list[str]]:
     """(who cannot go on, who took the step) of three moves, those in `errors` failing."""
     shelf, taken = shelf or await three(), []
 
@@ -214,13 +215,13 @@ async def together(
             raise errors[move_id]
         taken.append(move_id)
 
-    monkeypatch.setattr(migration, "take", take)
+    monkeypatch.setattr(migration.driver, "take", take)
     nobody: Any = None
     store: Any = shelf
     context = StepContext(
         link=nobody, subjects=nobody, directory=nobody, store=store, settings=nobody, wall_clock=wall_clock
     )
-    return await migration.take_together(STEP, context, ("m0", "m1", "m2"), attempt, TASK), taken
+    return await migration.driver.take_together(STEP, context, ("m0", "m1", "m2"), attempt, TASK), taken
 
 
 async def three() -> Shelf:
@@ -251,7 +252,7 @@ async def test_what_may_pass_is_tried_again_by_all_while_none_has_taken_the_step
 
         with pytest.raises(Unavailable):
             await together(monkeypatch, errors)
-        parted, _ = await together(monkeypatch, errors, attempt=migration.STEP_RETRIES)
+        parted, _ = await together(monkeypatch, errors, attempt=STEP_RETRIES)
 
     assert (parted.lost, parted.behind) == (["m0", "m1", "m2"], [])
 

@@ -143,7 +143,7 @@ async def test_a_worker_and_a_reconciler_let_a_long_move_take_its_time() -> None
             if step.name == "send":
                 slow_chunks(small, 2.0)
                 small.nodes["b"].node._arrivals._moves.clear()  # so that everything has to be sent again
-            await migration.take(step, office.context, move.id, 0)
+            await migration.driver.take(step, office.context, move.id, 0)
         reconciling.cancel()
 
         assert clock() - began_s > 90

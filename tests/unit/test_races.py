@@ -23,7 +23,7 @@ from workflows.admission import Admission
 from workflows.context import StepContext
 from workflows.coordinator import Coordinator
 from workflows.desk import Desk
-from workflows.migration import CHAIN, take
+from workflows.migration import CHAIN, driver
 from workflows.reconciler import Reconciler
 from workflows.records import TERMINAL, MigrationPlan, MigrationStatus, Move
 
@@ -354,7 +354,7 @@ async def test_a_worker_that_saw_a_move_some_steps_ago_reads_its_record_again() 
         first, second = worker(small, shelf), worker(small, shelf)
 
         for step, context in zip(CHAIN, (first, second, second, first, second, first), strict=True):
-            await take(step, context, move.id, 0)
+            await driver.take(step, context, move.id, 0)
 
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
 
@@ -367,7 +367,7 @@ async def test_a_step_whose_predecessor_was_never_recorded_takes_that_one_again(
         move = await planned_move(small, shelf)
         for step in CHAIN:
             before = shelf.stored[move.id]
-            await take(step, worker(small, shelf), move.id, 0)
+            await driver.take(step, worker(small, shelf), move.id, 0)
             if step.name in ("capture", "send"):
                 await asyncio.sleep(1.0)
                 shelf.stored[move.id] = before
@@ -387,12 +387,12 @@ async def test_a_store_that_takes_no_writes_makes_each_try_of_a_step_fail() -> N
             raise Unavailable("Redis is read-only")
 
         shelf.before = read_only
-        await take(CHAIN[0], context, move.id, 0)
+        await driver.take(CHAIN[0], context, move.id, 0)
         await asyncio.sleep(1.0)
         asked = len(small.messages)
         for attempt in range(3):
             with pytest.raises(Unavailable):
-                await take(CHAIN[-1], context, move.id, attempt)
+                await driver.take(CHAIN[-1], context, move.id, attempt)
 
         assert len(small.messages) - asked < 60
         await until(lambda: small.nodes["a"].node.host.units[UNIT].pause is None)
