@@ -203,6 +203,8 @@ class StepContext:
         behind; the next task then takes those again.
         """
         taken_at = self._taken_at.pop((move.id, move.step or ""), math.inf)  # when its node took it, if ahead of us
+        # As far as can be told: one answer may have been on its way for longer than the next, and seem to be after it.
+        taken_at = max(taken_at, move.step_at or -math.inf)
         after = advance(move, status, now=min(taken_at, self.now()), **changes)
         self._unsaved.setdefault(move.id, []).append((after, actors or []))
         return after

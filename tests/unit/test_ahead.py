@@ -328,6 +328,22 @@ async def test_times_are_in_order_when_the_answer_to_the_pause_was_lost() -> Non
 
 
 @virtually
+async def test_times_are_in_order_when_one_answer_was_on_its_way_for_longer_than_the_next() -> None:
+    """How long ago a step was taken is told at the sending; how long an answer then travels, nobody knows."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        context = worker(small, shelf)
+        move = await begun(small, shelf, 0)
+        context.taken(move.id, "pause", 0.0)
+        context.taken(move.id, "capture", 0.003)
+
+        paused = context.passed(move, MigrationStatus.PAUSED)
+        captured = context.passed(paused, MigrationStatus.CAPTURED)
+
+        assert (paused.paused_at, captured.captured_at) == (wall_clock(), wall_clock())
+
+
+@virtually
 async def test_a_step_that_was_refused_is_recorded_when_it_passes() -> None:
     """Not at the time of the refusal that came with the pause."""
     async with cluster("a", "b", precopy_from_bytes=10**9) as small:
