@@ -109,6 +109,11 @@ class Journal:
             rollup=record.kind is _SNAPSHOT and not record.pieces,
         )  # fmt: skip
 
+    async def append_snapshot(self, actor: ActorId, whole: bytes, *, after: int) -> int:
+        """As `append`, for a snapshot that `encode_record` has been asked for already, to see how large it is."""
+        _, subject = self._place_of(actor)
+        return await self._link.append(subject, whole, expected=after, timeout_s=self._timeout_s, rollup=True)
+
     async def forget(self, actor: ActorId, *, before: int) -> None:
         """Remove what a snapshot in pieces has replaced. Raises Timeout, Unavailable."""
         stream, subject = self._place_of(actor)

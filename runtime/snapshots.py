@@ -69,9 +69,12 @@ class Snapshots:
             if len(live.trail) < self._every(live):  # only now is it known how large the state is
                 live.snapshot_from = self._every(live)
                 return
-            if len(whole := await aside(live.state_bytes, partial(encode_record, record))) > self._piece_bytes:
+            whole = await aside(live.state_bytes, partial(encode_record, record))
+            if len(whole) > self._piece_bytes:
                 record = await self._store_pieces(unit, live, record, whole)
-            version = await self._journal.append(live.actor_id, record, after=live.version)
+                version = await self._journal.append(live.actor_id, record, after=live.version)
+            else:
+                version = await self._journal.append_snapshot(live.actor_id, whole, after=live.version)
         except FerryError as error:
             self.ended(live, None, error)
             return

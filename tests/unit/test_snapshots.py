@@ -14,6 +14,7 @@ from routing.address import ActorId
 from routing.errors import FerryError, PayloadTooLarge, Unavailable, WrongSequence
 from routing.link import Appended
 from runtime.actor import Actor, command, event
+from runtime.codec import frame_header
 from runtime.journal import Journal, Kind, Record
 from runtime.live_actor import SMALL_BYTES
 from runtime.mailbox import Mailboxes
@@ -117,6 +118,22 @@ async def test_a_snapshot_without_an_answer_may_have_landed(fault: Fault) -> Non
         assert await small.send("k", "read") == [0, 1, 2, 3, 4, 5]
 
 
+@virtually
+async def test_a_snapshot_that_is_sent_by_a_task_is_encoded_once() -> None:
+    """One that fits a message goes out as it was when its size was looked at."""
+    async with cluster("a", snapshot_every=3) as small:
+        counters = small.nodes["a"].node.host.counters
+        with mock.patch("runtime.journal.frame_header", side_effect=frame_header) as encoded:
+            for entry in ("x" * SMALL_BYTES, 1, 2):
+                await small.send("k", "write", entry=entry)
+            await until(lambda: counters["snapshots"] == 1)
+            assert encoded.call_count == 1
+
+        await small.restart("a")
+        await small.served_by("a")
+        assert await small.send("k", "read") == ["x" * SMALL_BYTES, 1, 2]
+
+
 REFUSALS = pytest.mark.parametrize(
     ("error", "snapshots", "failed", "loaded"),
     [
@@ -155,15 +172,20 @@ async def test_what_waits_for_a_snapshot_that_was_not_stored_is_served_first() -
     async with cluster("a", snapshot_every=3) as small:
         await small.send("k", "write", entry=0)
         await small.send("k", "write", entry=1)
-        append, appended = Journal.append, []
+        append, append_snapshot, appended = Journal.append, Journal.append_snapshot, []
 
         async def appending(self: Journal, actor: ActorId, record: Record, *, after: int) -> int:
             appended.append(record.kind)
             return await append(self, actor, record, after=after)
 
+        async def appending_snapshot(self: Journal, actor: ActorId, whole: bytes, *, after: int) -> int:
+            appended.append(Kind.SNAPSHOT)
+            return await append_snapshot(self, actor, whole, after=after)
+
         with (
             first_snapshot(refusing(Unavailable("no leader"), after_s=0.5)),
             mock.patch.object(Journal, "append", appending),
+            mock.patch.object(Journal, "append_snapshot", appending_snapshot),
         ):
             assert await small.send("k", "write", entry=2) == 3
             (future,) = await posted(small, [3])
