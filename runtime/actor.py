@@ -51,6 +51,8 @@ __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
+# Those of HANDLER_ERRORS, which says why, that are no Exception. Where one is awaited, a CancelledError may be ours.
+_NOT_ITS_TO_RAISE = (asyncio.CancelledError, SystemExit)
 _ANSWERS = frozenset({str, int, float, bool, type(None), list, dict})  # nearly all are one of these
 
 
@@ -107,13 +109,14 @@ class Handler:
         return self.known is not None and self.required <= arguments.keys() <= self.known
 
     def call(self, instance: Actor, arguments: dict[str, Any]) -> Any:
-        """Its result, or what is to be awaited for that. It gets a copy of the arguments. Whatever it raises rises."""
+        """Its result, or what is to be awaited for that. It gets a copy of the arguments.
+
+        Whatever it raises rises, but HandlerFailed for what is not its to raise.
+        """
         try:
             return self.function(instance, **jsonlike.copy(arguments)) if arguments else self.function(instance)
-        except asyncio.CancelledError as error:  # it read a cancelled future's result: nobody cancels a plain function
-            raise _met_cancelled(self) from error
-        except SystemExit as error:
-            raise _quit(self) from error
+        except _NOT_ITS_TO_RAISE as error:
+            raise _has_failed(self, error) from error
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raises InvalidInput when the arguments do not fit the signature."""
@@ -257,7 +260,7 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
 
     A command's events are added to `emitted` as [name, values], also when it raises: then the instance already has
     them and must be discarded. The handler gets a copy of the arguments, for a command is decided again when its append
-    fails. Whatever the handler raises rises; TypeError for a reply that is not JSON-like.
+    fails. Whatever the handler raises rises, as from `Handler.call`; TypeError for a reply that is not JSON-like.
     """
     if instance._emitted is not None:
         raise _not_alone(handler)
@@ -266,13 +269,11 @@ async def run(instance: Actor, handler: Handler, arguments: dict[str, Any], emit
         result = handler.call(instance, arguments)
         if inspect.isawaitable(result):
             result = await result
-    except asyncio.CancelledError as error:
+    except _NOT_ITS_TO_RAISE as error:
         task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise  # whoever runs this is told to end, not the handler
-        raise _met_cancelled(handler) from error
-    except SystemExit as error:
-        raise _quit(handler) from error
+        raise _has_failed(handler, error) from error
     finally:
         instance._emitted = None
     if instance._spoiled is not None:
@@ -286,10 +287,8 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
         raise _not_alone(handler)
     try:  # as Handler.call, without the call: this is all that a local query does
         result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
-    except asyncio.CancelledError as error:
-        raise _met_cancelled(handler) from error
-    except SystemExit as error:
-        raise _quit(handler) from error
+    except _NOT_ITS_TO_RAISE as error:
+        raise _has_failed(handler, error) from error
     if type(result) is int and -jsonlike.SMALL < result < jsonlike.SMALL:  # as `copy` finds it, without the call
         return result
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
@@ -321,11 +320,10 @@ def _reply_at_once(handler: Handler, result: Any) -> Any:
     return LATER
 
 
-def _met_cancelled(handler: Handler) -> HandlerFailed:
-    return HandlerFailed(f"{handler.name} met what was cancelled")
-
-
-def _quit(handler: Handler) -> HandlerFailed:
+def _has_failed(handler: Handler, error: BaseException) -> HandlerFailed:
+    """What a handler that raised one of `_NOT_ITS_TO_RAISE` has done, as with any other error."""
+    if isinstance(error, asyncio.CancelledError):
+        return HandlerFailed(f"{handler.name} met what was cancelled")
     return HandlerFailed(f"{handler.name} raised SystemExit: an actor does not end its node")
 
 
