@@ -389,6 +389,19 @@ def test_a_second_message_never_runs_in_an_actor_at_work() -> None:
     run_virtually(both())
 
 
+def test_a_handler_whose_task_is_cancelled_has_not_failed() -> None:
+    """The cancellation rises: whoever ends the task must not be told of a failure, nor log one."""
+
+    async def cancelled() -> None:
+        reading = asyncio.create_task(run(Notebook(), Notebook.handlers["read_later"], {}, []))
+        await asyncio.sleep(0.5)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    run_virtually(cancelled())
+
+
 def test_an_actor_nobody_activated_has_no_id() -> None:
     """InvalidInput says so, instead of an AttributeError."""
     with pytest.raises(InvalidInput):
