@@ -8,21 +8,20 @@ Every method raises Unavailable when Redis cannot serve it within `timeout_s`, o
 write may then have landed all the same: repeat it, and read the record again when that raises WrongSequence.
 
 A record that cannot be read is logged, counted and left out: it must not hide all others, nor stop the leader. It can
-still be ended (`end_unreadable`) and deleted (`trim`).
+still be ended (`end_unreadable`) and deleted (`trim`); workflows/store_unreadable.py has what can be done with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import orjson
-import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -44,10 +43,8 @@ from workflows.records import (
     to_document,
 )
 from workflows.store_deadlines import many_trips, one_trip
-from workflows.store_illegible import ended, filed_under
-from workflows.store_keys import DELETE_MOVE, END_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
-
-log = structlog.get_logger("ferry.store")
+from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
+from workflows.store_unreadable import Unreadable, filed_under
 
 CONNECTIONS = 16  # per process; more callers than that wait for one, at most `timeout_s`
 BATCH = 200  # moves read or written in one round trip
@@ -57,7 +54,6 @@ PAGE = 32  # moves read in one round trip while looking for those that match
 CLUSTER_EVENTS = 10_000
 AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgotten
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -68,9 +64,9 @@ class RecordStore:
         self._redis, self.timeout_s = redis, timeout_s
         self.counters: Counter[str] = Counter()
         self._keys = Keys(cluster)
+        self._unreadable = Unreadable(redis, self._keys, self.counters)
         self._save_move = redis.register_script(SAVE_MOVE)
         self._save_plan = redis.register_script(SAVE_PLAN)
-        self._end_move = redis.register_script(END_MOVE)
         self._delete_move = redis.register_script(DELETE_MOVE)
         self._to_save: list[tuple[dict[str, Any], asyncio.Future[list[int]]]] = []
         self._saving_turn = asyncio.Lock()
@@ -214,11 +210,7 @@ class RecordStore:
         Some may just have been created. The revision of one of which nothing is stored is 0.
         """
         ids = [move_id for move_id in await self._unfinished() if move_id not in besides]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for move_id in ids:
-                pipe.hget(self._keys.move(move_id), "revision")
-            revisions = await pipe.execute() if ids else []
-        return {move_id: int(revision or 0) for move_id, revision in zip(ids, revisions, strict=True)}
+        return await self._unreadable.revisions(ids)
 
     @many_trips
     async def end_unreadable(self, move_id: str, *, revision: int, now: float, error: str) -> bool:
@@ -226,23 +218,8 @@ class RecordStore:
 
         False when somebody has saved or ended it since it was at `revision`. The audit stream does not hear of it.
         """
-        keys, running = self._keys, await self._ids(self._keys.running, 0, RUNNING_PLANS)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hget(keys.move(move_id), "document")
-            for plan_id in running:
-                pipe.zscore(keys.plan_moves(plan_id), move_id)
-            document, *places = await pipe.execute()
-        plan = next((plan_id for plan_id, place in zip(running, places, strict=True) if place is not None), "")
-        done = await self._end_move(
-            keys=[
-                keys.move(move_id), keys.unfinished, keys.finished, keys.moves, keys.plan(plan), keys.status_prefix,
-            ],
-            args=[
-                move_id, revision, ended(document, revision=revision + 1, now=now, error=error),
-                MigrationStatus.FAILED.value,
-            ],
-        )  # fmt: skip
-        return bool(done)
+        running = await self._ids(self._keys.running, 0, RUNNING_PLANS)
+        return await self._unreadable.end(move_id, plans=running, revision=revision, now=now, error=error)
 
     @one_trip
     async def actors(self, move_id: str) -> list[ActorRow]:
@@ -284,7 +261,7 @@ class RecordStore:
         """The latest changes of a move's status, newest first."""
         entries = await self._redis.xrevrange(self._keys.audit, count=limit) if limit > 0 else []
         stored = (entry for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries))
-        return self._legible(_audit_event, stored)
+        return self._unreadable.leave_out(_audit_event, stored)
 
     @one_trip
     async def note(self, event: ClusterEvent) -> None:
@@ -297,7 +274,7 @@ class RecordStore:
         """The latest events of the cluster, newest first."""
         entries = await self._redis.xrevrange(self._keys.events, count=limit) if limit > 0 else []
         stored = (entry.get(b"event", b"") for _, entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries))
-        return self._legible(partial(from_document, ClusterEvent), stored)
+        return self._unreadable.leave_out(partial(from_document, ClusterEvent), stored)
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
     @many_trips
@@ -332,7 +309,7 @@ class RecordStore:
             for plan_id in ids:
                 pipe.hgetall(self._keys.plan(plan_id))
             hashes = await pipe.execute() if ids else []
-        return self._legible(_plan, filter(None, hashes))
+        return self._unreadable.leave_out(_plan, filter(None, hashes))
 
     async def _unfinished(self) -> list[str]:
         members = cast("set[bytes]", await self._redis.smembers(self._keys.unfinished))
@@ -344,25 +321,16 @@ class RecordStore:
             for move_id in ids:
                 pipe.hget(self._keys.move(move_id), "document")
             documents = await pipe.execute() if ids else []
-        return self._legible(partial(from_document, Move), (document for document in documents if document is not None))
+        found = (document for document in documents if document is not None)
+        return self._unreadable.leave_out(partial(from_document, Move), found)
 
     async def _rows(self, move_ids: Sequence[str]) -> list[list[ActorRow]]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for move_id in move_ids:
                 pipe.hvals(self._keys.rows(move_id))
             stored = await pipe.execute() if move_ids else []
-        rows = (self._legible(partial(from_document, ActorRow), documents) for documents in stored)
+        rows = (self._unreadable.leave_out(partial(from_document, ActorRow), documents) for documents in stored)
         return [sorted(of_one_move, key=lambda row: row.index) for of_one_move in rows]
-
-    def _legible(self, read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-        records = []
-        for document in stored:
-            try:
-                records.append(read(document))
-            except InvalidInput as error:
-                self.counters["malformed"] += 1
-                log.error("record ignored", document=shown(document), error=str(error))
-        return records
 
     async def _pages(
         self, *, plan: str | None = None, shard: int | None = None, status: MigrationStatus | None = None
