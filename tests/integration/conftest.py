@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from workflows.local.binaries import redis_server_binary
+from workflows.store import RecordStore
 
 ATTEMPTS = 5  # a port that was free may be taken by another test run before the server binds it
 
@@ -29,6 +30,14 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             server.kill()
+
+
+@pytest.fixture
+async def store(redis_url: str) -> AsyncIterator[RecordStore]:
+    """The record store of the cluster "test", on a Valkey of its own."""
+    store = RecordStore.connect(redis_url, "test")
+    yield store
+    await store.close()
 
 
 def _started(port: int, folder: Path) -> subprocess.Popen[str] | None:
