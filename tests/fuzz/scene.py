@@ -12,7 +12,7 @@ from routing.link import Message
 from runtime.testing import MemoryLink
 from runtime.testing.virtual_time import VirtualTimeLoop
 from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.test_races import coordinator
+from tests.unit.office import coordinator
 from tests.unit.virtual_time import until
 from workflows.coordinator import Coordinator
 

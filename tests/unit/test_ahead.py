@@ -11,7 +11,8 @@ from routing.control import StepRequest
 from routing.errors import Timeout, Unavailable
 from runtime.handover import FEW
 from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.test_races import Shelf, planned, planned_move, worker
+from tests.unit.office import worker
+from tests.unit.shelf import Shelf, planned, planned_move
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.ahead import Ahead
 from workflows.migration import CHAIN, driver

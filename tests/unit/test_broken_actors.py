@@ -11,7 +11,7 @@ import pytest
 
 from routing.address import ActorId
 from routing.envelope import Command
-from routing.errors import HandlerFailed, InDoubt, PayloadTooLarge, StateNotPortable
+from routing.errors import FerryError, HandlerFailed, InDoubt, PayloadTooLarge, StateNotPortable
 from runtime.actor import Actor, command, event, query
 from runtime.unit import Buffer, Unit
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, answered, cluster
@@ -171,6 +171,33 @@ async def test_a_long_log_does_not_hold_up_the_commands_of_others() -> None:
         counting.cancel()
 
         assert turns > 2 * 600
+
+
+class Fragile(Actor):
+    """Its constructor fails, for example because a file is missing on this machine."""
+
+    actor_type = "fragile"
+
+    def __init__(self) -> None:
+        raise RuntimeError("a mistake in the actor")
+
+    @command
+    def go(self) -> bool:
+        return True
+
+
+@virtually
+async def test_an_actor_that_cannot_be_constructed_does_not_end_the_node() -> None:
+    """A mistake of one actor class is answered to its caller; the other actors of the node go on."""
+    async with cluster() as small:
+        await small.add("a", classes=(Ledger, Fragile))
+        await small.assign("a")
+        await small.served_by("a")
+        with pytest.raises(FerryError):
+            await small.router.send_message(ActorId("fragile", "k"), "go", {}, timeout_s=3.0)
+
+        assert not small.nodes["a"].task.done()
+        assert await small.send("k", "write", entry=1) == 1
 
 
 # -- a handler that still runs when its unit is begun anew -------------------------------------------------------------

@@ -15,7 +15,8 @@ from routing.errors import Busy, InDoubt, NotApplicable, StateNotPortable, Unava
 from routing.shard_map import LastMove, Outcome, Ownership
 from tests.simulation.broker import Broker
 from tests.unit.cluster import Ledger, SmallCluster, cluster
-from tests.unit.test_races import Shelf, planned, worker
+from tests.unit.office import worker
+from tests.unit.shelf import Shelf, planned
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission

@@ -11,7 +11,8 @@ import pytest
 from routing.errors import Busy, NotApplicable, PayloadTooLarge, Timeout, TransientError
 from runtime.handover import FEW
 from tests.unit.cluster import SmallCluster, cluster
-from tests.unit.test_races import Office, Shelf, planned
+from tests.unit.office import Office
+from tests.unit.shelf import Shelf, planned
 from tests.unit.virtual_time import clock, until, virtually
 from workflows import migration
 from workflows.records import MigrationStatus
