@@ -3,6 +3,7 @@
 STREAM.MSG.GET    JSON, payload and headers in base64; the stream's leader answers
 DIRECT.GET        the message itself, with headers that say where it stands; any replica answers, for less than
                   half the server's time, where the stream allows it
+a delivery        the message itself, to a watch's consumer (routing/nats_watch.py)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def entry_in_document(stream: str, answered: bytes) -> Entry | None:
         message = answer["message"]
         headers = a2b_base64(message["hdrs"]) if "hdrs" in message else b""
         payload = a2b_base64(message.get("data") or b"")
-        return _entry(message["seq"], message["subject"], payload, headers)
+        return stored_entry(message["seq"], message["subject"], payload, headers)
     if error.get("err_code") == _NO_MESSAGE:
         return None
     refusal = StreamMissing if error.get("err_code") == _NO_STREAM else Unavailable
@@ -43,10 +44,11 @@ def entry_in_message(headers: bytes, payload: bytes) -> Entry | None:
     sequence, _, _ = place.partition(b"\r\n")
     if not told or not sequence.isdigit():  # a status, such as "no message found"
         return None
-    return _entry(int(sequence), subject.decode(errors="replace"), payload, headers)
+    return stored_entry(int(sequence), subject.decode(errors="replace"), payload, headers)
 
 
-def _entry(sequence: int, subject: str, payload: bytes, headers: bytes) -> Entry:
+def stored_entry(sequence: int, subject: str, payload: bytes, headers: bytes) -> Entry:
+    """What stands at `sequence`, by its headers as they came (b"" when there are none)."""
     removed = (
         b"\r\nKV-Operation: DEL" in headers
         or b"\r\nKV-Operation: PURGE" in headers

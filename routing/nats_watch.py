@@ -13,8 +13,9 @@ import orjson
 import structlog
 
 from routing.errors import Timeout, Unavailable
-from routing.link import Entry, EntryHandler
+from routing.link import EntryHandler
 from routing.nats_connection import NatsConnection, Registration
+from routing.nats_stored import stored_entry
 from routing.nats_wire import headers_of
 
 log = structlog.get_logger("ferry.watch")
@@ -169,10 +170,8 @@ class _Round:
         if consumer_sequence != self._delivered + 1:
             self._lost(f"entry {consumer_sequence}")
             return
-        removed = headers.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
-        entry = Entry(sequence=sequence, subject=subject, payload=b"" if removed else payload, removed=removed)
         try:
-            self._handler(entry)
+            self._handler(stored_entry(sequence, subject, payload, raw_headers))
         finally:  # an entry whose handler raised counts as delivered
             self._delivered = consumer_sequence
             if pending == 0:
