@@ -10,6 +10,7 @@ import pytest
 
 from routing.errors import Incompatible, InDoubt, PayloadTooLarge, StreamMissing, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Handler, Link, Message, StreamSpec
+from tests.contract.waiting import WAIT_S, take
 
 if TYPE_CHECKING:
     from tests.contract.conftest import Server
@@ -17,16 +18,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LinkPair = tuple[Link, Link]
 
-WAIT_S = 10.0  # a hang guard, never reached when things work
 JOURNAL = StreamSpec(name="journal", subjects=("ev.>",), direct=True)
 BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
 LEASES = StreamSpec(name="KV_leases", subjects=("$KV.leases.>",), keep=1, ttl=True)
-
-
-async def take(queue: asyncio.Queue[T], count: int) -> list[T]:
-    """The next `count` items."""
-    async with asyncio.timeout(WAIT_S):
-        return [await queue.get() for _ in range(count)]
 
 
 async def take_until(queue: asyncio.Queue[T], wanted: Callable[[T], bool]) -> list[T]:

@@ -9,15 +9,10 @@ import pytest
 from routing.errors import InDoubt, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Message, StreamSpec
 from runtime.testing import Fault, Kind, MemoryNats
+from tests.contract.waiting import WAIT_S, take
 
-WAIT_S = 10.0
 JOURNAL = StreamSpec(name="journal", subjects=("ev.>",))
 BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
-
-
-async def take(queue: asyncio.Queue[Message], count: int) -> list[bytes]:
-    async with asyncio.timeout(WAIT_S):
-        return [(await queue.get()).payload for _ in range(count)]
 
 
 async def test_delays_never_let_messages_overtake_each_other() -> None:
@@ -31,7 +26,7 @@ async def test_delays_never_let_messages_overtake_each_other() -> None:
     for n in range(10):
         await alice.publish("count", b"%d" % n)
 
-    assert await take(heard, 10) == [b"%d" % n for n in range(10)]
+    assert [message.payload for message in await take(heard, 10)] == [b"%d" % n for n in range(10)]
 
 
 async def test_a_watch_that_lags_never_hears_of_what_was_replaced() -> None:
@@ -115,7 +110,7 @@ async def test_a_disconnected_link_is_no_listener() -> None:
     bob.reconnect()
     await alice.publish("news", b"heard")
 
-    assert await take(heard, 1) == [b"heard"]
+    assert [message.payload for message in await take(heard, 1)] == [b"heard"]
 
 
 async def test_a_cut_loses_what_is_on_the_wire_and_keeps_what_arrived() -> None:
@@ -130,7 +125,7 @@ async def test_a_cut_loses_what_is_on_the_wire_and_keeps_what_arrived() -> None:
     alice.reconnect()
     await alice.publish("news", b"kept")
 
-    assert await take(heard, 1) == [b"kept"]
+    assert [message.payload for message in await take(heard, 1)] == [b"kept"]
 
 
 async def test_a_doubled_message_is_heard_twice() -> None:
@@ -142,7 +137,7 @@ async def test_a_doubled_message_is_heard_twice() -> None:
 
     await alice.publish("news", b"1")
 
-    assert await take(heard, 2) == [b"1", b"1"]
+    assert [message.payload for message in await take(heard, 2)] == [b"1", b"1"]
 
 
 async def test_a_stale_read_is_answered_from_before_the_latest_entry() -> None:
@@ -194,7 +189,7 @@ async def test_a_partition_is_noticed_by_nobody_until_it_heals() -> None:
     bob.reconnect()
     await alice.publish("news", b"heard")
 
-    assert await take(heard, 1) == [b"heard"]
+    assert [message.payload for message in await take(heard, 1)] == [b"heard"]
     assert nats.entries("journal") == []
 
 

@@ -19,11 +19,11 @@ from nats.aio.client import Client
 from routing.errors import Incompatible, InDoubt, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.link import Entry, Message, StreamSpec
 from routing.nats_link import NatsLink, _sequence_in
+from tests.contract.waiting import WAIT_S, handled
 
 if TYPE_CHECKING:
     from tests.contract.conftest import NatsServer
 
-WAIT_S = 15.0  # a hang guard, never reached when things work
 BUCKET = StreamSpec(name="KV_map", subjects=("$KV.map.>",), keep=1)
 
 
@@ -416,11 +416,6 @@ async def close_unnoticed(link: NatsLink) -> None:
     client._flusher_task.cancel()
     await asyncio.sleep(0)
     client._transport._io_writer.transport.abort()
-
-
-async def handled(admin: Client) -> None:
-    """Return when the server has handled all that was sent by `admin`, whose `flush` sends its ping ahead of that."""
-    await admin.request("$JS.API.INFO", b"", timeout=WAIT_S)
 
 
 async def consumers_of(admin: Client, stream: str) -> list[dict[str, Any]]:

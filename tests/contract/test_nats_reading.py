@@ -16,11 +16,11 @@ from nats.aio.client import Client
 from routing.errors import Incompatible
 from routing.link import Entry, StreamSpec
 from routing.nats_link import NatsLink
+from tests.contract.waiting import WAIT_S, handled
 
 if TYPE_CHECKING:
     from tests.contract.conftest import NatsServer
 
-WAIT_S = 15.0  # a hang guard, never reached when things work
 JOURNAL = StreamSpec(name="journal", subjects=("ev.>",), direct=True)
 LEADER_ONLY = StreamSpec(name="journal", subjects=("ev.>",))
 DIRECT_GET, FROM_LEADER = "$JS.API.DIRECT.GET.journal", "$JS.API.STREAM.MSG.GET.journal"
@@ -37,10 +37,10 @@ async def three(link: NatsLink) -> list[Entry]:
     return entries
 
 
-async def handled(link: NatsLink, admin: Client) -> None:
-    """Return when `admin` has heard of all that `link` has asked."""
+async def noted(link: NatsLink, admin: Client) -> None:
+    """Return when `admin` has noted all that `link` has asked."""
     await link.rtt()
-    await admin.request("$JS.API.INFO", b"", timeout=WAIT_S)
+    await handled(admin)
 
 
 async def edited(admin: Client, spec: StreamSpec, **changes: Any) -> None:
@@ -62,7 +62,7 @@ async def play_a_replica(admin: Client, answer: Callable[[int], tuple[bytes, dic
             await admin.publish(question.reply, said[0], headers=said[1])
 
     await admin.subscribe(DIRECT_GET, cb=play)
-    await admin.request("$JS.API.INFO", b"", timeout=WAIT_S)
+    await handled(admin)
     return asked
 
 
@@ -89,7 +89,7 @@ async def test_the_leader_is_not_asked_for_what_a_replica_has(
 
     assert await link.read("journal", [entry.sequence for entry in entries], timeout_s=WAIT_S) == entries
 
-    await handled(link, admin)
+    await noted(link, admin)
     assert requests.count(DIRECT_GET) == len(entries)
     assert FROM_LEADER not in requests
 
@@ -105,7 +105,7 @@ async def test_a_stream_of_an_earlier_version_is_read_from_its_leader(
     await link.ensure_stream(JOURNAL, timeout_s=WAIT_S)
 
     assert await link.read("journal", [entry.sequence for entry in entries], timeout_s=WAIT_S) == entries
-    await handled(link, admin)
+    await noted(link, admin)
     assert requests.count(FROM_LEADER) == len(entries)
     assert DIRECT_GET not in requests
     with pytest.raises(Incompatible, match="subjects"):
@@ -187,5 +187,5 @@ async def test_headers_of_a_publisher_are_not_taken_for_the_servers(
     sequence = json.loads(acknowledged.data)["seq"]
 
     assert await link.read("journal", [sequence], timeout_s=WAIT_S) == [Entry(sequence, "ev.a", b"x")]
-    await handled(link, admin)
+    await noted(link, admin)
     assert FROM_LEADER not in requests

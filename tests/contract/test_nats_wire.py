@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from nats.errors import BadSubjectError, ConnectionClosedError
 
 from routing.nats_wire import WireClient, _is_subject, _Messages, headers_of
+from tests.contract.waiting import WAIT_S
 
 if TYPE_CHECKING:
     from tests.contract.conftest import NatsServer
 
-WAIT_S = 15.0  # a hang guard, never reached when things work
 
 SUBJECTS = st.sampled_from([b"a", b"ferry.default.cmd.a", "grün".encode()])
 MESSAGES = st.tuples(SUBJECTS, st.sampled_from([b"", b"_INBOX.x.~1"]), st.binary(max_size=60), st.booleans())
