@@ -174,11 +174,6 @@ class RecordStore:
         """
         return _accepted(move, await self._saved_together(self._saving(move, actors, through)))
 
-    @many_trips
-    async def save_many(self, moves: Sequence[Move]) -> list[Move]:
-        """Write moves, each as `save` does. Raises WrongSequence when some were refused; the others are written."""
-        return await self._save_all([(move, ()) for move in moves])
-
     @one_trip
     async def move(self, move_id: str) -> Move | None:
         return next(iter(await self._moves([move_id])), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 from workflows.records import ActorMigration, ActorRow, MigrationPlan, MigrationStatus, Move, advance
@@ -35,6 +36,10 @@ async def created(store: RecordStore, count: int, plan_id: str = "p", created_at
     """A stored plan of `count` moves with two actors each."""
     planned = moves(count, plan_id, created_at)
     return await store.create_plan(plan(plan_id, created_at), planned, {move.id: rows(move) for move in planned})
+
+
+async def all_saved(store: RecordStore, changed: Iterable[Move]) -> list[Move]:
+    return await asyncio.gather(*(store.save(move) for move in changed))
 
 
 async def ended(store: RecordStore, move: Move, status: MigrationStatus = COMPLETED) -> Move:

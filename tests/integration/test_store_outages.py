@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from routing.errors import InvalidInput, Unavailable
-from tests.integration.stored import PAUSED, created, moves
+from tests.integration.stored import PAUSED, created, moves, plan
 from workflows.records import advance
 from workflows.store import RecordStore
 
@@ -25,7 +25,7 @@ async def test_a_store_without_redis_is_unavailable_and_says_where_it_looked() -
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(Unavailable):
-        await store.save_many(moves(1))
+        await store.create_plan(plan(), moves(1), {})
     await store.close()
 
 

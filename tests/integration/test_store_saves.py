@@ -161,17 +161,18 @@ async def test_a_capture_taken_again_replaces_the_rows_of_the_first(store: Recor
     assert await store.actors(move.id) == rows(move, 1)
 
 
-async def test_saving_many_writes_all_but_the_refused_ones(store: RecordStore) -> None:
+async def test_of_saves_that_wait_together_all_but_the_refused_are_written(store: RecordStore) -> None:
     """One loser does not hold up the others, and is not passed over in silence."""
-    stored = await created(store, 3)
-    await store.save(advance(stored[1], PAUSED, now=150.0))
+    stored = await created(store, 4)
+    await store.save(advance(stored[2], PAUSED, now=150.0))
 
-    with pytest.raises(WrongSequence, match="p-001"):
-        await store.save_many([advance(move, CANCELLED, now=200.0) for move in stored])
+    saving = [store.save(advance(move, CANCELLED, now=200.0)) for move in stored]
+    *_, refused, saved = await asyncio.gather(*saving, return_exceptions=True)
 
-    assert ids(await store.moves(status=CANCELLED)) == ["p-002", "p-000"]
-    assert ids(await store.unfinished_moves()) == ["p-001"]
-    assert await store.save_many([]) == []
+    assert isinstance(refused, WrongSequence)
+    assert isinstance(saved, Move)
+    assert ids(await store.moves(status=CANCELLED)) == ["p-003", "p-001", "p-000"]
+    assert ids(await store.unfinished_moves()) == ["p-002"]
 
 
 async def test_a_move_saved_into_a_plan_later_is_counted(store: RecordStore) -> None:
@@ -187,12 +188,12 @@ async def test_a_move_saved_into_a_plan_later_is_counted(store: RecordStore) -> 
 
 async def test_the_script_is_loaded_again_after_the_server_forgot_it(store: RecordStore, redis_url: str) -> None:
     """A restarted Redis has no scripts; neither a single nor a pipelined save may notice."""
-    stored = await created(store, 2)
+    stored = await created(store, 1)
     async with Redis.from_url(redis_url) as admin:
         await admin.script_flush()
         saved = await store.save(advance(stored[0], PAUSED, now=200.0))
         await admin.script_flush()
-        again = await store.save_many([advance(stored[1], PAUSED, now=200.0)])
+        again = await store.create_plan(plan("p2"), [advance(move, PAUSED, now=200.0) for move in moves(1, "p2")], {})
 
     assert ids(await store.moves(status=PAUSED)) == [again[0].id, saved.id]
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from tests.integration.stored import COMPLETED, created, ended, ids, plan
+from tests.integration.stored import COMPLETED, all_saved, created, ended, ids, plan
 from workflows.records import advance
 from workflows.store import PAGE, RecordStore
 
@@ -32,7 +32,7 @@ async def test_trimming_deletes_the_oldest_terminal_moves_and_nothing_else(store
 async def test_trimming_everything_leaves_only_what_still_runs(store: RecordStore, redis_url: str) -> None:
     """No key of a deleted move or plan stays; the audit stream does, bounded by itself."""
     stored = await created(store, PAGE + 3, "p1", 100.0)
-    await store.save_many([advance(move, COMPLETED, now=300.0) for move in stored])
+    await all_saved(store, [advance(move, COMPLETED, now=300.0) for move in stored])
     await store.save_plan(replace(plan("p1"), finished_at=300.0))
     await created(store, 1, "p2", 200.0)
 
@@ -53,7 +53,7 @@ async def test_trimming_everything_leaves_only_what_still_runs(store: RecordStor
 async def test_two_coordinators_trimming_at_once_count_right(store: RecordStore, redis_url: str) -> None:
     """Each move is deleted by one of them, and the number of records stays true."""
     stored = await created(store, 40)
-    await store.save_many([advance(move, COMPLETED, now=300.0) for move in stored])
+    await all_saved(store, [advance(move, COMPLETED, now=300.0) for move in stored])
     other = RecordStore.connect(redis_url, "test")
 
     deleted = await asyncio.gather(store.trim(keep=0), other.trim(keep=0))

@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from routing.errors import WrongSequence
-from tests.integration.stored import COMPLETED, FAILED, PAUSED, created, ended, ids, plan
+from tests.integration.stored import COMPLETED, FAILED, PAUSED, all_saved, created, ended, ids, plan
 from workflows.records import Move, advance, from_document
 from workflows.store import PAGE, RecordStore
 
@@ -40,7 +40,7 @@ async def test_trimming_deletes_what_cannot_be_read_like_everything_else(
 ) -> None:
     """However many of the oldest moves it is: records that nobody reads must not keep all others for ever."""
     stored = await created(store, PAGE + 3, "p1", 100.0)
-    await store.save_many([advance(move, COMPLETED, now=300.0) for move in stored])
+    await all_saved(store, [advance(move, COMPLETED, now=300.0) for move in stored])
     await store.save_plan(replace(plan("p1"), finished_at=300.0))
     async with Redis.from_url(redis_url) as admin:
         for move in stored[: PAGE + 1]:
