@@ -13,9 +13,8 @@ still be ended (`end_unreadable`) and deleted (`trim`); workflows/store_unreadab
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
@@ -27,10 +26,9 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from routing.errors import InvalidInput, NotApplicable, WrongSequence
+from routing.errors import InvalidInput, NotApplicable
 from routing.jsonlike import shown
 from workflows.records import (
-    TERMINAL,
     ActorMigration,
     ActorRow,
     AuditEvent,
@@ -43,16 +41,14 @@ from workflows.records import (
     to_document,
 )
 from workflows.store_deadlines import many_trips, one_trip
-from workflows.store_keys import DELETE_MOVE, SAVE_MOVE, SAVE_PLAN, Keys
+from workflows.store_keys import DELETE_MOVE, SAVE_PLAN, Keys
+from workflows.store_saves import BATCH, Saves
 from workflows.store_unreadable import Unreadable, filed_under
 
 CONNECTIONS = 16  # per process; more callers than that wait for one, at most `timeout_s`
-BATCH = 200  # moves read or written in one round trip
-BATCH_ROWS = 2_000  # and rows of actors written: while it packs them, redis-py takes 4 kB for each
 RUNNING_PLANS = 1_000  # read at once; one or two run as a rule
 PAGE = 32  # moves read in one round trip while looking for those that match
 CLUSTER_EVENTS = 10_000
-AUDIT_EVENTS = 200_000  # kept in the stream, about 60 MB; older ones are forgotten
 
 T = TypeVar("T")
 
@@ -65,11 +61,9 @@ class RecordStore:
         self.counters: Counter[str] = Counter()
         self._keys = Keys(cluster)
         self._unreadable = Unreadable(redis, self._keys, self.counters)
-        self._save_move = redis.register_script(SAVE_MOVE)
+        self._saves = Saves(redis, self._keys)
         self._save_plan = redis.register_script(SAVE_PLAN)
         self._delete_move = redis.register_script(DELETE_MOVE)
-        self._to_save: list[tuple[dict[str, Any], asyncio.Future[list[int]]]] = []
-        self._saving_turn = asyncio.Lock()
 
     @classmethod
     def connect(cls, url: str, cluster: str, *, timeout_s: float = 5.0) -> RecordStore:
@@ -122,7 +116,7 @@ class RecordStore:
                 if value is not None:
                     pipe.hsetnx(self._keys.plan(plan.id), name, orjson.dumps(value))
             await pipe.execute()
-        stored = await self._save_all([(move, actors.get(move.id, ())) for move in moves])
+        stored = await self._saves.save_all([(move, actors.get(move.id, ())) for move in moves])
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.zadd(self._keys.plans, {plan.id: plan.created_at})
             if plan.finished_at is None:
@@ -172,7 +166,7 @@ class RecordStore:
         rows captured those planned for actors that rest by now are deleted.
         Raises WrongSequence when `move.revision` is no longer the stored one: somebody wrote first, read again.
         """
-        return _accepted(move, await self._saved_together(self._saving(move, actors, through)))
+        return await self._saves.save(move, actors=actors, through=through)
 
     @one_trip
     async def move(self, move_id: str) -> Move | None:
@@ -295,6 +289,18 @@ class RecordStore:
                     deleted, surplus = deleted + weight, surplus - weight
         return deleted
 
+    async def _delete(self, move_id: str, plan_id: str, shard: str, status: str) -> int:
+        keys = self._keys
+        weight: int = await self._delete_move(
+            keys=[
+                keys.move(move_id), keys.rows(move_id), keys.moves, keys.plan_moves(plan_id),
+                keys.shard_moves(shard), keys.status_moves(status), keys.finished,
+                keys.plan(plan_id), keys.plans, keys.running, keys.records,
+            ],
+            args=[move_id, plan_id],
+        )  # fmt: skip
+        return weight
+
     # -- reading ---------------------------------------------------------------------------------------------------
     async def _plan(self, plan_id: str) -> MigrationPlan | None:
         return next(iter(await self._plans([plan_id])), None)
@@ -355,110 +361,6 @@ class RecordStore:
         ids = await self._redis.zrange(index, start, start + count - 1, desc=not oldest_first)
         return [move_id.decode() for move_id in cast("list[bytes]", ids)]
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-    async def _saved_together(self, saving: dict[str, Any]) -> list[int]:
-        """What SAVE_MOVE answers. What others want saved while one round trip is under way goes with the next one.
-
-        A convoy's moves take their steps at the same time: six saves then cost two round trips, not six.
-        """
-        verdict: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._to_save.append((saving, verdict))
-        try:
-            async with self._saving_turn:
-                while not verdict.done():  # else who had the turn before has saved this, too
-                    count = _in_one_trip(len(saving["args"]) // 2 for saving, _ in self._to_save)  # two for each row
-                    batch, self._to_save = self._to_save[:count], self._to_save[count:]
-                    await self._save_batch(batch)
-            return await verdict
-        finally:
-            verdict.cancel()  # harmless when it is there; without a caller nobody else would look at it
-
-    async def _save_batch(self, batch: Sequence[tuple[dict[str, Any], asyncio.Future[list[int]]]]) -> None:
-        try:
-            if len(batch) == 1:  # one command; a pipeline asks first whether the script is known
-                answers: list[Any] = [await self._save_move(**batch[0][0])]
-            else:
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for saving, _ in batch:
-                        await self._save_move(**saving, client=pipe)
-                    answers = await pipe.execute(raise_on_error=False)
-        except BaseException as error:
-            answers = [exceptions.ConnectionError(f"saves sent together were given up: {error!r}")] * len(batch)
-            raise
-        finally:
-            _hand_out(answers, [verdict for _, verdict in batch])
-
-    async def _save_all(self, writes: Sequence[tuple[Move, Sequence[ActorRow]]]) -> list[Move]:
-        verdicts: list[list[int]] = []
-        waiting = list(writes)
-        while waiting:
-            count = _in_one_trip(len(rows) for _, rows in waiting)
-            batch, waiting = waiting[:count], waiting[count:]
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for move, rows in batch:
-                    await self._save_move(**self._saving(move, rows), client=pipe)
-                verdicts += await pipe.execute()
-        refused = [move.id for (move, _), (accepted, *_) in zip(writes, verdicts, strict=True) if not accepted]
-        if refused:
-            raise WrongSequence(
-                f"moves {', '.join(refused[:5])} ({len(refused)} in all) were saved by another: read again"
-            )
-        return [_accepted(move, verdict) for (move, _), verdict in zip(writes, verdicts, strict=True)]
-
-    def _saving(self, move: Move, actors: Sequence[ActorRow], through: Sequence[Move] = ()) -> dict[str, Any]:
-        """Keys and arguments of SAVE_MOVE, in the order in which it reads them."""
-        keys = self._keys
-        outcome = (
-            "" if move.status not in TERMINAL else "completed" if move.status is MigrationStatus.COMPLETED else "failed"
-        )
-        document = orjson.dumps(replace(move, revision=move.revision + 1))
-        rows = [
-            part for row in actors for part in (str(row.index), orjson.dumps(row))
-        ]  # not by a schema: ten times slower
-        steps = (*through, move)
-        rows_total = next((step.actors_total for step in steps if step.status is MigrationStatus.CAPTURED), "")
-        passed = [part for step in steps for part in (step.status.value, _event(step))]
-        return {
-            "keys": [
-                keys.move(move.id), keys.rows(move.id), keys.moves, keys.plan_moves(move.plan_id),
-                keys.shard_moves(move.shard), keys.status_prefix, keys.unfinished, keys.finished,
-                keys.plan(move.plan_id), keys.records, keys.audit,
-            ],
-            "args": [
-                move.id, move.revision, document, outcome, move.created_at, AUDIT_EVENTS,
-                rows_total, len(steps), *passed, *rows,
-            ],
-        }  # fmt: skip
-
-    async def _delete(self, move_id: str, plan_id: str, shard: str, status: str) -> int:
-        keys = self._keys
-        weight: int = await self._delete_move(
-            keys=[
-                keys.move(move_id), keys.rows(move_id), keys.moves, keys.plan_moves(plan_id),
-                keys.shard_moves(shard), keys.status_moves(status), keys.finished,
-                keys.plan(plan_id), keys.plans, keys.running, keys.records,
-            ],
-            args=[move_id, plan_id],
-        )  # fmt: skip
-        return weight
-
-
-def _hand_out(answers: Sequence[Any], verdicts: Sequence[asyncio.Future[list[int]]]) -> None:
-    for answer, verdict in zip(answers, verdicts, strict=True):
-        if verdict.done():
-            continue  # its caller has given up
-        if isinstance(answer, Exception):
-            verdict.set_exception(answer)
-        else:
-            verdict.set_result(answer)
-
-
-def _accepted(move: Move, verdict: Sequence[int]) -> Move:
-    accepted, *stored = verdict
-    if not accepted:
-        raise WrongSequence(f"move {move.id} is stored at revision {stored[0]}, not {move.revision}: read it again")
-    return replace(move, revision=move.revision + 1)
-
 
 def _plan(stored: Mapping[bytes, bytes]) -> MigrationPlan:
     """Fields that were never set are not stored, so that the script can set them once. Raises InvalidInput."""
@@ -470,13 +372,6 @@ def _plan(stored: Mapping[bytes, bytes]) -> MigrationPlan:
     return from_document(MigrationPlan, unset | found)
 
 
-def _event(move: Move) -> bytes:
-    """All of an audit event but the two statuses, which the script knows."""
-    named = ("plan_id", "unit", "source", "destination", "error")
-    shared = {name: getattr(move, name) for name in named}
-    return orjson.dumps({"at": move.step_at or move.created_at, "move_id": move.id, **shared})
-
-
 def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
     """Raises InvalidInput."""
     try:
@@ -484,17 +379,6 @@ def _audit_event(entry: Mapping[bytes, bytes]) -> AuditEvent:
         return from_document(AuditEvent, {**orjson.loads(entry[b"event"]), **statuses})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInput(f"audit event is malformed: {shown(error)}") from error
-
-
-def _in_one_trip(rows: Iterable[int]) -> int:
-    """How many of the moves that wait go in the next round trip, by the rows of each: one at least."""
-    moves = total = 0
-    for of_move in rows:
-        total += of_move
-        if moves and (moves >= BATCH or total > BATCH_ROWS):
-            break
-        moves += 1
-    return moves
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -208,8 +208,8 @@ async def test_many_actors_are_written_in_more_round_trips(store: RecordStore, m
         return await execute(self, raise_on_error)
 
     monkeypatch.setattr(Pipeline, "execute", counted)
-    monkeypatch.setattr("workflows.store.BATCH_ROWS", 6)
-    monkeypatch.setattr("workflows.store.BATCH", 3)
+    monkeypatch.setattr("workflows.store_saves.BATCH_ROWS", 6)
+    monkeypatch.setattr("workflows.store_saves.BATCH", 3)
     planned = moves(9)
     counts = [3, 3, 1, 9, 0, 0, 0, 0, 2]
 
@@ -225,7 +225,7 @@ async def test_saves_that_wait_together_are_all_saved_whoever_gives_up(
     store: RecordStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has the turn writes until its own is written, also when it takes more than one round trip."""
-    monkeypatch.setattr("workflows.store.BATCH_ROWS", 2)
+    monkeypatch.setattr("workflows.store_saves.BATCH_ROWS", 2)
     planned = moves(8)
 
     saving = [asyncio.create_task(store.save(move, actors=rows(move))) for move in planned]
