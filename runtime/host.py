@@ -28,7 +28,6 @@ from routing.errors import (
     Timeout,
     TransientError,
     Unavailable,
-    WrongSequence,
 )
 from routing.link import Link
 from routing.local import LATER
@@ -440,7 +439,7 @@ class Host:
             try:
                 if left_alone is not None:
                     await self.abort(unit.name, left_alone)
-            except (FerryError, WrongSequence) as error:
+            except FerryError as error:
                 log.warning("abort not written yet", unit=unit.name, error=str(error))
             if unit.state is UnitState.OPEN and now_s >= unit.rest_at_s:
                 # Not all at one tick: to look at a hundred thousand actors takes tens of milliseconds.

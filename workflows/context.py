@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 MOVES_RECALLED = 256  # a worker has few moves on their way at a time
 PROMPT_S = 0.01  # a status is recorded by then at the latest; most often several go in one save
-SAVE_ATTEMPTS = 8  # a move has six steps, each of which saves once
+SAVE_ATTEMPTS = 8  # a move has six steps, each of which is saved once at most, as a rule
 
 
 class StepContext:
@@ -188,15 +188,11 @@ class StepContext:
         return rows
 
     # -- writing down ------------------------------------------------------------------------------------------------
-    async def reached(
-        self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
-    ) -> Move:
+    async def reached(self, move: Move, status: MigrationStatus, **changes: Any) -> Move:
         """Record that a move has reached a status. Raises WrongSequence when somebody else recorded meanwhile."""
-        return await self.store.save(advance(move, status, now=self.now(), **changes), actors=actors or [])
+        return await self.store.save(advance(move, status, now=self.now(), **changes))
 
-    def passed(
-        self, move: Move, status: MigrationStatus, *, actors: list[ActorRow] | None = None, **changes: Any
-    ) -> Move:
+    def passed(self, move: Move, status: MigrationStatus, *, actors: Sequence[ActorRow] = (), **changes: Any) -> Move:
         """Note that a move is past a step, to be recorded soon (`write_down`), while Celery hands its chain on.
 
         `recall` waits for the save and sees its failure. Should this process die first, the record is some steps
@@ -206,7 +202,7 @@ class StepContext:
         # As far as can be told: one answer may have been on its way for longer than the next, and seem to be after it.
         taken_at = max(taken_at, move.step_at or -math.inf)
         after = advance(move, status, now=min(taken_at, self.now()), **changes)
-        self._unsaved.setdefault(move.id, []).append((after, actors or []))
+        self._unsaved.setdefault(move.id, []).append((after, actors))
         return after
 
     def write_down(self, move_id: str) -> None:
