@@ -37,7 +37,7 @@ from routing.nats_wire import HEADERS_BYTES, NotEncryptedError, Receive, WireCli
 log = structlog.get_logger("ferry.nats")
 
 MIN_SERVER_VERSION = (2, 12, 3)  # earlier ones lose acknowledged messages or lack per-message time to live
-PING_INTERVAL_S = 0.5  # with two pings unanswered a dead link is noticed in 1.5 s; a lease lasts 3 s or more
+PING_INTERVAL_S = 0.5  # with two pings unanswered a dead link is noticed in 1.5 s; a lease lasts 5 s by default
 MAX_PINGS_UNANSWERED = 2
 RECONNECT_WAIT_S = 0.15  # longer adds to every blackout, shorter hammers a server that is starting
 WATCHDOG_S = 0.1  # how late a client that hangs while closing is noticed

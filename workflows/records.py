@@ -3,9 +3,10 @@
     MigrationPlan  1 ── n  Move  1 ── n  ActorRow          stored
                            └── ActorMigration ──┘          derived: one move joined with one of its rows
 
-The unit of work is a `Move`: one shard, taken from a source to a destination by one Celery chain. Each live actor of
-the shard has an `ActorRow`. A step over a shard of forty actors then costs one compare-and-set write, not forty
-(docs/decisions/0001-moves-carry-records.md). Records report; they never decide who owns a shard, the map does.
+The unit of work is a `Move`: one shard, or one pinned actor, taken from a source to a destination by a Celery chain,
+which small moves may share. Each live actor of it has an `ActorRow`. A step over a shard of forty actors then costs one
+compare-and-set write, not forty (docs/decisions/0001-moves-carry-records.md). Records report; they never decide who
+owns a shard, the map does.
 
 Times are Unix seconds, durations name their unit, sizes are bytes. None means "not known yet".
 """
@@ -280,7 +281,7 @@ class RebalanceRequest:
 # -- documents: the JSON form of every record above, validated where it enters the process ---------------------------
 
 Record = Move | ActorRow | ActorMigration | MigrationPlan | AuditEvent | ClusterEvent | RebalanceRequest
-R = TypeVar("R", Move, ActorRow, ActorMigration, MigrationPlan, AuditEvent, ClusterEvent, RebalanceRequest)
+R = TypeVar("R", bound=Record)
 
 
 def to_document(record: Record) -> dict[str, Any]:
