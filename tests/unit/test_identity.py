@@ -20,7 +20,7 @@ from routing.subjects import CLUSTER_KEY, kv_subject
 from runtime.testing import Fault, Kind, MemoryLink, MemoryNats
 from tests.simulation.shelf import Shelf
 from tests.unit.cluster import SmallCluster, answered, cluster
-from tests.unit.test_races import coordinator
+from tests.unit.office import coordinator
 from tests.unit.virtual_time import clock, until, virtually
 from workflows import context as contexts
 from workflows.context import StepContext, Worker
