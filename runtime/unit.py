@@ -27,6 +27,8 @@ from runtime.delivery import Delivery
 from runtime.live_actor import LiveActor
 from runtime.rules import Held
 
+NAMED_AT_MOST = 3  # actors in a refusal; the rest is counted
+
 
 class UnitState(StrEnum):
     OPENING = "opening"
@@ -152,8 +154,16 @@ class Unit:
                     if self.before is before:  # else another pause has waited for the same, and gone on
                         self.before = before.before
         except TimeoutError as error:
-            running = self.running + (self.before.running if self.before is not None else 0)
-            raise Busy(f"{running} handlers of {self.name} still run after {timeout_s:g} s") from error
+            raise Busy(f"{self._still_running()} after {timeout_s:g} s") from error
+
+    def _still_running(self) -> str:
+        """`a handler of aircraft/N14228 still runs`: whose handlers, as far as that is known, and how many."""
+        total = self.running + (self.before.running if self.before is not None else 0)
+        named = [str(live.actor_id) for live in self.actors.values() if live.running][:NAMED_AT_MOST]
+        more = f" and {total - len(named)} more" if named and total > len(named) else ""
+        if total == 1:
+            return f"a handler of {', '.join(named) or self.name} still runs"
+        return f"{'' if named else f'{total} '}handlers of {', '.join(named) or self.name}{more} still run"
 
     def drop(self) -> None:
         """No longer held. What waited has been taken before; handlers that still run see it when they end."""

@@ -309,7 +309,7 @@ class StepContext:
     async def _end(self, move: Move, error: str | None) -> Move:
         """Write down how `move` ended, as the map tells now. Raises WrongSequence when its record has changed."""
         if await self._outcome(move) is Outcome.COMMITTED:
-            return await self.reached(move, MigrationStatus.COMPLETED)
+            return await self.reached(move, MigrationStatus.COMPLETED, error=None)
         plan = await self.store.plan(move.plan_id)
         cancelled = move.started_at is None or (plan is not None and plan.cancelled)
         status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.ROLLED_BACK

@@ -17,7 +17,7 @@ from functools import partial
 
 import structlog
 
-from routing.errors import InDoubt, PermanentError, TransientError, WrongSequence
+from routing.errors import FerryError, InDoubt, NotApplicable, PermanentError, TransientError, WrongSequence
 from workflows.ahead import Ahead
 from workflows.context import SAVE_ATTEMPTS, StepContext
 from workflows.records import STEPS, TERMINAL, Move, in_a_new_chain
@@ -27,6 +27,7 @@ log = structlog.get_logger("ferry.migration")
 STEP_RETRIES = (
     4  # then the move rolls back; with the back-off of its tasks that is 1.5 to 3 s, well within the pause lease
 )
+ERROR_CHARACTERS = 500  # of a refusal on record: every save and every event of the move repeats it
 BEHIND_S = (0.005, 0.02)  # steps are recorded while the chain is handed on: another worker may have to wait a moment
 
 Act = Callable[[StepContext, Move], Awaitable[Move]]
@@ -137,26 +138,19 @@ class Driver:
         ahead.taken(self._delete.name)
 
     async def _act(self, step: Step, context: StepContext, move: Move, attempt: int) -> Move:
-        """One step. An error that ends the move is written into its record first: the rollback runs elsewhere."""
+        """One step. What is refused is written into the move's record: whoever ends it may not have heard of it."""
         plan = await context.store.plan(move.plan_id) if step is self._pause else None
         if plan is not None and plan.cancelled:
             return await context.settle(move.id, error="its plan was cancelled") or move
         try:
             context.failpoints.hit(f"{step.name}.begin")
-            done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt))
+            done = await step.act(context, replace(move, attempts=move.attempts + 1 + attempt, error=None))
         except (PermanentError, TransientError, InDoubt) as error:
-            if isinstance(error, PermanentError) or attempt >= STEP_RETRIES:
-                await self._write_error(context, move.id, f"{step.name}: {error}", attempt)
+            await _write_refusal(step, context, move.id, error, attempt)
             raise
         context.failpoints.hit(f"{step.name}.end")
         log.info("step done", step=step.name, move=move.id, unit=move.unit, status=done.status)
         return done
-
-    async def _write_error(self, context: StepContext, move_id: str, error: str, attempt: int) -> None:
-        move = await context.store.move(move_id)
-        if move is not None and move.status not in TERMINAL:
-            with suppress(WrongSequence):  # it has gone on meanwhile, and what went wrong is in the log
-                await context.store.save(replace(move, error=error, attempts=move.attempts + 1 + attempt))
 
     async def take_together(
         self, step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str
@@ -242,3 +236,27 @@ def _waits_for(move: Move | None, convoy_task: str | None, steps: Sequence[str])
     if move is None or move.status in TERMINAL or move.step not in steps:
         return False
     return convoy_task is None or convoy_task in move.task_ids.values()
+
+
+async def _write_refusal(step: Step, context: StepContext, move_id: str, error: FerryError, attempt: int) -> None:
+    """Note in a move's record why a try of a step has failed; the next step that passes takes that away.
+
+    Raises Unavailable, Timeout when the move ends with this error, and the record cannot be written: the rollback runs
+    elsewhere. That the map, or the record, has moved on says nothing of why it did, so a refusal before that stays.
+    """
+    last = isinstance(error, PermanentError) or attempt >= STEP_RETRIES
+    if isinstance(error, WrongSequence) and not last:
+        return
+    try:
+        move = await context.recall(move_id, fresh=True)
+        if move is None or move.status in TERMINAL:
+            return
+        kept = move.error if isinstance(error, (NotApplicable, WrongSequence)) else None
+        attempts = move.attempts + 1 + attempt if last else move.attempts
+        with suppress(WrongSequence):  # it has gone on meanwhile, and what went wrong is in the log
+            said = kept or f"{step.name}: {error}"[:ERROR_CHARACTERS]
+            await context.store.save(replace(move, error=said, attempts=attempts))
+    except TransientError as away:
+        if last:
+            raise
+        log.warning("refusal not on record", step=step.name, move=move_id, error=str(error), reason=str(away))

@@ -107,7 +107,7 @@ class Reconciler:
         self._relaunched[move.id] += 1
         if self._relaunched[move.id] > RELAUNCHES or not (locked or move.step == STEPS[0]):
             log.warning("move does not advance: ending it", move=move.id, unit=move.unit, step=move.step)
-            await self._context.settle(move.id, error=f"{move.step}: no worker took this step in time")
+            await self._context.settle(move.id, error=move.error or f"{move.step}: no worker took this step in time")
         else:
             log.warning("move does not advance: its step is sent again", move=move.id, unit=move.unit, step=move.step)
             await self._admission.launch_again(move)

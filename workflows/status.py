@@ -22,7 +22,7 @@ from routing.errors import FerryError
 from routing.membership import Member
 from routing.settings import Settings
 from routing.subjects import actor_of_key, shard_key, unit_in_words
-from workflows.records import ClusterEvent, MigrationPlan, to_document
+from workflows.records import ClusterEvent, MigrationPlan, MigrationStatus, to_document
 from workflows.session import open_session
 from workflows.store import RecordStore
 
@@ -35,13 +35,17 @@ NAMED_AT_MOST = 5  # in a sentence; the rest is counted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldLock:
-    """A unit that a move holds locked, and for how long that move has not advanced; None: no record says."""
+    """A unit that a move holds locked, and for how long that move has not advanced; None: no record says.
+
+    `error` is what its latest try was refused with; None: it was not.
+    """
 
     unit: str
     move: str
     owner: str
     destination: str
     idle_s: float | None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,7 @@ class Status:
     locks: Sequence[HeldLock] = ()
     stuck_after_s: float = 10.0
     plan: MigrationPlan | None = None
+    plan_error: str | None = None  # of the latest of its moves that was rolled back
     events: Sequence[ClusterEvent] = ()
 
 
@@ -154,12 +159,14 @@ async def _unless_away(asking: Any) -> dict[str, Any] | None:
 async def _of_records(store: RecordStore, *, all_workers: bool) -> dict[str, Any]:
     try:
         await store.ping()
-        plan, events, workers = await asyncio.gather(
-            store.latest_plan(), store.events(EVENTS_SHOWN), answering_workers(all_of_them=all_workers)
-        )
+        plan, rolled_back, events, workers = await asyncio.gather(
+            store.latest_plan(), store.moves(status=MigrationStatus.ROLLED_BACK, limit=1), store.events(EVENTS_SHOWN),
+            answering_workers(all_of_them=all_workers),
+        )  # fmt: skip
     except FerryError as error:
         return {"redis_error": str(error)}
-    return {"plan": plan, "events": events, "workers": workers}
+    of_plan = [move.error for move in rolled_back if plan is not None and move.plan_id == plan.id]
+    return {"plan": plan, "plan_error": next(iter(of_plan), None), "events": events, "workers": workers}
 
 
 async def answering_workers(*, all_of_them: bool = False) -> list[str] | None:
@@ -194,7 +201,12 @@ async def _locks(entries: Mapping[str, MapEntry], store: RecordStore | None) -> 
         except FerryError:
             move = None
         idle_s = time.time() - (move.step_at or move.created_at) if move is not None else None
-        locks.append(HeldLock(unit=unit, move=view.move, owner=view.owner, destination=view.destination, idle_s=idle_s))
+        locks.append(
+            HeldLock(
+                unit=unit, move=view.move, owner=view.owner, destination=view.destination, idle_s=idle_s,
+                error=move.error if move is not None else None,
+            )
+        )  # fmt: skip
     return locks
 
 
@@ -281,8 +293,9 @@ def _plan_problems(status: Status) -> list[str]:
     plan = status.plan
     if plan is None or plan.cancelled or not plan.failed or plan.reason.endswith("by hand"):
         return []
+    why = f" (the latest: {status.plan_error})" if status.plan_error else ""
     return [
-        f"{plan.failed} of {plan.total} moves of the last plan did not complete:"
+        f"{plan.failed} of {plan.total} moves of the last plan did not complete{why}:"
         f" see `ferry migrations --plan {plan.id} --status rolled_back`"
     ]
 
@@ -294,7 +307,10 @@ def _lock_problems(status: Status) -> list[str]:
         if lock.idle_s is None and status.redis_error is None:
             found.append(f"{where}, of which there is no record: its source aborts it within seconds")
         elif lock.idle_s is not None and lock.idle_s > status.stuck_after_s:
-            found.append(f"{where}, which stands still for {lock.idle_s:.0f} s: see `ferry migration {lock.move}`")
+            why = f" ({lock.error})" if lock.error else ""
+            found.append(f"{where}, which stands still for {lock.idle_s:.0f} s{why}: see `ferry migration {lock.move}`")
+        elif lock.error is not None:
+            found.append(f"{where}, whose step is tried again: {lock.error}")
     return found
 
 

@@ -245,6 +245,9 @@ HEALTHY = Status(
 )  # fmt: skip
 LOCK = HeldLock(unit="shard.1", move="m1", owner="b", destination="a", idle_s=2.0)
 
+REFUSAL = "pause: a handler of aircraft/N14228 still runs after 4 s"
+PLAN = MigrationPlan(id="p1", reason="node c joined", created_at=1.0, started_at=1.0, total=4, completed=3, failed=1)
+
 
 def test_a_healthy_cluster_has_no_problems() -> None:
     """Neither has one in which a move runs as it should."""
@@ -268,6 +271,9 @@ def test_a_healthy_cluster_has_no_problems() -> None:
         (replace(HEALTHY, answers={"a": {"paused": ["shard.0"]}}), "at node a shard/0 has been paused without a lock"),
         (replace(HEALTHY, locks=[replace(LOCK, idle_s=None)]), "shard/1 is locked by move m1 (b to a), of which there"),
         (replace(HEALTHY, locks=[replace(LOCK, idle_s=12.0)]), "stands still for 12 s"),
+        (replace(HEALTHY, locks=[replace(LOCK, idle_s=12.0, error=REFUSAL)]), f"still for 12 s ({REFUSAL}): see"),
+        (replace(HEALTHY, locks=[replace(LOCK, error=REFUSAL)]), f"is tried again: {REFUSAL}"),
+        (replace(HEALTHY, plan=PLAN, plan_error=REFUSAL), f"of the last plan did not complete (the latest: {REFUSAL})"),
     ],
 )
 def test_each_problem_is_said_in_one_sentence(broken: Status, said: str) -> None:
@@ -299,11 +305,7 @@ def test_status_counts_shards_from_the_map_and_actors_from_the_nodes() -> None:
 
 def test_status_has_the_fields_of_the_latest_plan() -> None:
     """Those that the interface promises."""
-    plan = MigrationPlan(
-        id="p1", reason="node c joined", created_at=1.0, started_at=1.0, total=4, completed=3, failed=1
-    )
-
-    document = to_json(replace(HEALTHY, plan=plan))["plan"]
+    document = to_json(replace(HEALTHY, plan=PLAN))["plan"]
 
     assert {"id", "reason", "total", "completed", "failed", "started_at", "finished_at"} <= document.keys()
 

@@ -275,7 +275,7 @@ async def test_a_handler_that_does_not_end_is_not_waited_for_longer_than_the_pau
         await until(lambda: Ledger.entered == 1)
         request = await small.lock("m", "b")
 
-        with pytest.raises(Exception, match="still run after"):
+        with pytest.raises(Exception, match="a handler of ledger/k still runs after"):
             await small.step("pause", request)
 
         Ledger.open_gate.set()
