@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -34,7 +34,7 @@ class NodeState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A node by its latest lease."""
+    """A node by its latest lease. `schemas`: actor type -> the schema version of its code, where it says so."""
 
     id: str
     incarnation: str
@@ -45,6 +45,7 @@ class Member:
     host: str
     pid: int
     version: str
+    schemas: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def takes_shards(self) -> bool:
@@ -55,6 +56,14 @@ class Member:
 class _Seen:
     member: Member
     at_s: float
+
+
+def reads(schemas: Mapping[str, int], written: Mapping[str, int]) -> bool:
+    """Whether code of these schema versions can take over what code of those may have written: none is older.
+
+    A type that only one of the two has says nothing, nor does a node of an earlier version of Ferry, which tells none.
+    """
+    return all(schemas[name] >= version for name, version in written.items() if name in schemas)
 
 
 class Membership:
@@ -166,6 +175,9 @@ def member_of(node: str, document: dict[str, Any]) -> Member:
         raise InvalidInput(f"lease of node {node} is malformed: types {shown(types)}")
     if not isinstance(pid, int):
         raise InvalidInput(f"lease of node {node} is malformed: pid {shown(pid)}")
+    schemas = document.get("schemas", {})
+    if not isinstance(schemas, dict) or not all(type(schema) is int for schema in schemas.values()):
+        raise InvalidInput(f"lease of node {node} is malformed: schemas {shown(schemas)}")
     try:
         state = NodeState(_text(document, "state", ""))
     except ValueError as error:
@@ -173,7 +185,7 @@ def member_of(node: str, document: dict[str, Any]) -> Member:
     return Member(
         id=check_node_id(node), incarnation=document["incarnation"], state=state, weight=float(weight),
         role=_text(document, "role", ""), types=tuple(types), host=_text(document, "host", ""), pid=pid,
-        version=_text(document, "version", ""),
+        version=_text(document, "version", ""), schemas=schemas,
     )  # fmt: skip
 
 

@@ -265,8 +265,10 @@ class Node:
                 await self._become(NodeState.DRAINED)
 
     def _lease_document(self) -> dict[str, Any]:
+        types = self._classes.types
         return {
-            "state": self.state, "weight": self._weight, "role": self._role, "types": self._classes.types,
+            "state": self.state, "weight": self._weight, "role": self._role, "types": types,
+            "schemas": {name: self._classes.get(name).schema_version for name in types},
             "host": socket.gethostname(), "pid": os.getpid(), "version": ferry_version(),
         }  # fmt: skip
 

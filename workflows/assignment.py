@@ -10,7 +10,7 @@ from routing import shard_map
 from routing.address import shard_of
 from routing.directory import Directory, MapEntry
 from routing.errors import InDoubt, TransientError
-from routing.membership import Member
+from routing.membership import Member, reads
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
 from routing.subjects import actor_of_key, shard_key, shard_of_key
@@ -21,6 +21,7 @@ class Assignment:
 
     def __init__(self, directory: Directory, placement: ConsistentHashPlacement) -> None:
         self._directory, self._placement = directory, placement
+        self._seen: dict[str, Member] = {}  # alive now, or when something was not yet given away that they own
 
     def takers(self, alive: Mapping[str, Member]) -> list[NodeWeight]:
         """The nodes that may receive shards: up, and with every actor type that all nodes with shards have.
@@ -55,7 +56,8 @@ class Assignment:
     async def fail_over(self, alive: Mapping[str, Member]) -> str | None:
         """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them.
 
-        Returns what it did, in words.
+        In the middle of a rolling upgrade what a node with newer code owned goes to others of that code while there are
+        any: older code could not read it. Returns what it did, in words.
         """
         lost = set(self._directory.unreadable())  # what is known of these is not what their keys are at
         orphans = {
@@ -63,12 +65,17 @@ class Assignment:
             for unit, entry in self._directory.entries().items()
             if entry.ownership.owner not in alive and unit not in lost
         }
+        self._seen = self._seen | dict(alive) if orphans else dict(alive)
         takers = self.takers(alive)
         if not orphans or not takers:
             return None
         dead = {entry.ownership.owner for entry in orphans.values()}
-        owners = self._balanced(without=dead, takers=takers)
-        heirs = {unit: owners[self._shard_of(unit)] for unit in orphans}  # an actor goes where its shard goes
+        owners = {
+            node: self._balanced(without=dead, takers=self._able(self._seen.get(node), takers, alive)) for node in dead
+        }
+        heirs = {  # an actor goes where its shard goes
+            unit: owners[entry.ownership.owner][self._shard_of(unit)] for unit, entry in orphans.items()
+        }
         given = await self._write_all(
             {unit: (entry, shard_map.failover(entry.ownership, to=heirs[unit])) for unit, entry in orphans.items()}
         )
@@ -80,14 +87,28 @@ class Assignment:
         to = ", ".join(sorted({own.owner for own in given.values()}))
         return f"node {gone} is gone: {counted} failed over to {to}"
 
+    def _able(self, dead: Member | None, takers: list[NodeWeight], alive: Mapping[str, Member]) -> list[NodeWeight]:
+        """Those whose code reads what a dead node may have written: any node's, if it was never seen here.
+
+        All of them when there are none: better an owner that has to be upgraded first than no owner.
+        """
+        written = [dead] if dead is not None else [alive[node.id] for node in takers]
+        able = [node for node in takers if all(reads(alive[node.id].schemas, one.schemas) for one in written)]
+        return able or takers
+
     def strays(self, alive: Mapping[str, Member]) -> list[str]:
-        """Actors that have to go home and can: unpinned, or at a node that takes nothing. By their units' names."""
+        """Actors that have to go home and can: unpinned, or at a node that takes nothing. By their units' names.
+
+        One whose home has older code than its node waits there until that is upgraded.
+        """
         apart, lost = self._directory.apart(), set(self._directory.unreadable())
         takers, found = {node.id for node in self.takers(alive)} if apart else set(), []
         for unit, entry in apart.items():
             home, own = self._directory.get(shard_key(self._shard_of(unit))), entry.ownership
             stays = own.owner not in alive or (own.pinned and own.owner in takers) or unit in lost
-            if home is not None and home.ownership.owner in takers - {own.owner} and not stays:
+            if home is None or home.ownership.owner not in takers - {own.owner} or stays:
+                continue
+            if own.owner not in takers or reads(alive[home.ownership.owner].schemas, alive[own.owner].schemas):
                 found.append(unit)
         return found
 

@@ -279,7 +279,10 @@ class Coordinator:
         alive, takers, lost = self.membership.alive(), self.takers(), set(self.directory.unreadable())
         return planner.plan_rebalance(
             {shard_in(unit): entry.ownership for unit, entry in self.directory.shards().items() if unit not in lost},
-            [planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers) for m in alive.values()],
+            [
+                planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers, schemas=m.schemas)
+                for m in alive.values()
+            ],
             await self.inventories(alive),
             plan_id=self.new_plan_id(), reason=reason, shards_total=self.directory.shards_total,
             placement=self._placement,

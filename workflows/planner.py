@@ -5,17 +5,20 @@
 A plan leaves alone
   - shards that a move has locked already: they count where they are going, so that the plan does not balance twice;
   - shards whose owner is not among the nodes: FAILOVER gives those away, a move needs a source that lives;
-  - shards that nobody owns: ASSIGN gives those away.
+  - shards that nobody owns: ASSIGN gives those away;
+  - shards of a node with newer code, as long as only older could have them and theirs can stay: that could not read
+    them, and the balance waits until it is upgraded. What has to leave goes to nodes of that code while there are any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from routing.address import NodeId, shard_of
 from routing.errors import InvalidInput
+from routing.membership import reads
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
 from routing.subjects import actor_of_key, shard_key
@@ -33,11 +36,19 @@ STATE_BYTES_PER_S = 50e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeState:
-    """A live node as the planner sees it. A draining one gives its shards away and receives none."""
+    """A live node as the planner sees it. A draining one gives its shards away and receives none.
+
+    `schemas`: actor type -> the schema version of its code.
+    """
 
     id: NodeId
     weight: float = 1.0
     draining: bool = False
+    schemas: Mapping[str, int] = field(default_factory=dict)
+
+    def reads(self, other: NodeState) -> bool:
+        """Whether its code can take over what the other's may have written."""
+        return reads(self.schemas, other.schemas)
 
 
 def plan_rebalance(
@@ -68,22 +79,30 @@ def plan_rebalance(
     movable = {shard: ownership for shard, ownership in shard_map.items() if ownership.owner in states}
     future_owners = {shard: ownership.destination or ownership.owner for shard, ownership in movable.items()}
     owners = {ownership.owner for ownership in shard_map.values()}
-    balanced = placement.rebalance_shards(future_owners, receivers)
+    homes = dict(placement.rebalance_shards(future_owners, receivers).shard_map)
+    for node in states.values():
+        able = [receiver for receiver in receivers if states[receiver.id].reads(node)]
+        if len(able) == len(receivers):
+            continue
+        elsewhere = placement.rebalance_shards(future_owners, able or receivers).shard_map
+        for shard, ownership in movable.items():
+            if ownership.owner == node.id and not states[homes[shard]].reads(node):
+                homes[shard] = elsewhere[shard] if node.draining else node.id
     moves = [
         planned_move(
-            shard_key(move.shard), move.shard, shard_map[move.shard].owner, move.destination, inventories,
-            reason=_reason(states[shard_map[move.shard].owner], move.destination, owners),
+            shard_key(shard), shard, ownership.owner, homes[shard], inventories,
+            reason=_reason(states[ownership.owner], homes[shard], owners),
         )
-        for move in balanced.moves
-        if shard_map[move.shard].move is None
+        for shard, ownership in sorted(movable.items())
+        if ownership.move is None and homes[shard] != ownership.owner
     ]  # fmt: skip
     for unit, own in (apart or {}).items():
         actor, source = actor_of_key(unit), states.get(own.owner)
         if actor is None or source is None or own.move is not None or (own.pinned and not source.draining):
             continue
         shard = shard_of(actor, shards_total)
-        home = balanced.shard_map.get(shard)
-        if home is not None and home != own.owner:
+        home = homes.get(shard)
+        if home is not None and home != own.owner and (source.draining or states[home].reads(source)):
             why = f"node {source.id} drains" if source.draining else f"{actor} is unpinned"
             moves.append(planned_move(unit, shard, own.owner, home, inventories, reason=why))
     moves.sort(key=lambda move: (not states[move.source].draining, move.shard, move.unit))

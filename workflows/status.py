@@ -278,9 +278,20 @@ def _node_problems(status: Status) -> list[str]:
 
 
 def _type_problems(status: Status) -> list[str]:
-    """A command reaches the node of its shard, whether that has the actor's class or not."""
+    """A command reaches the node of its shard, whether that has the actor's class or not, and however old that is."""
     known = {actor_type for member in status.members.values() for actor_type in member.types}
-    return [
+    newest: dict[str, int] = {}
+    for member in status.members.values():
+        newest |= {name: max(version, newest.get(name, version)) for name, version in member.schemas.items()}
+    found = []
+    for node, member in sorted(status.members.items()):
+        behind = [f"{name} {v} ({newest[name]})" for name, v in sorted(member.schemas.items()) if v < newest[name]]
+        if behind:
+            found.append(
+                f"node {node} has code of older schema versions than others (theirs in brackets): {', '.join(behind)};"
+                " it cannot read what they have written, and their shards go there last: start it with the new code"
+            )
+    return found + [
         f"node {node} lacks actor types {', '.join(sorted(known - set(member.types)))}, which other nodes have:"
         " commands for them fail where it owns the shard; start it with the same --actors"
         for node, member in sorted(status.members.items())

@@ -197,7 +197,8 @@ LEASES = st.fixed_dictionaries(
         "incarnation": NAMES, "state": st.sampled_from(["up", "draining", "drained"]), "weight": st.floats(0.1, 100),
         "role": NAMES, "types": st.lists(NAMES, max_size=3), "host": TEXT, "pid": st.integers(1, 2**22),
         "version": NAMES,
-    }
+    },
+    optional={"schemas": st.dictionaries(NAMES, st.integers(0, 9), max_size=3)},  # earlier versions do not say
 )  # fmt: skip
 BIRTHS = st.fixed_dictionaries(
     {"shards": st.integers(1, 65_536), "logs": st.integers(1, 64), "wire": st.just(1)}, optional={"id": st.text()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -241,3 +242,92 @@ async def test_actors_apart_do_not_decide_which_nodes_may_receive_shards() -> No
         members = {"a": member("a", "cart", "ledger"), "b": member("b", "cart", "ledger"), "c": member("c", "ledger")}
 
         assert {node.id for node in assignment.takers(members)} == {"a", "b"}
+
+
+# -- in the middle of a rolling upgrade --------------------------------------------------------------------------------
+def of_versions(**schema: int) -> dict[str, Member]:
+    """Nodes by the schema version of the one class that they have."""
+    return {node: replace(member(node, "ledger"), schemas={"ledger": version}) for node, version in schema.items()}
+
+
+@virtually
+async def test_what_a_newer_node_owned_is_failed_over_to_newer_nodes() -> None:
+    """Older code could not read it: its actors would not be served until newer nodes have them again."""
+    async with cluster(shards=8) as small:
+        assignment = await owned(small, "aabbccdd")
+        members = of_versions(a=1, b=1, c=2, d=2)
+        assert await assignment.fail_over(members) is None
+
+        del members["c"]
+        said = await assignment.fail_over(members)
+
+        assert said == "node c is gone: 2 shards failed over to d"
+        assert [(await small.map(f"shard.{n}")).owner for n in range(8)] == list("aabbdddd")
+
+
+@virtually
+async def test_what_an_older_node_owned_is_shared_out_to_all() -> None:
+    """The first node that is upgraded must not be given everything."""
+    async with cluster(shards=6) as small:
+        assignment = await owned(small, "aabbcc")
+        members = of_versions(a=1, b=1, c=2)
+        await assignment.fail_over(members)
+
+        del members["a"]
+        await assignment.fail_over(members)
+
+        assert sorted([(await small.map(f"shard.{n}")).owner for n in range(6)]) == list("bbbccc")
+
+
+@virtually
+async def test_the_shards_of_the_last_newer_node_go_to_older_ones() -> None:
+    """An owner that has to be upgraded first is better than none."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "aabc")
+        members = of_versions(a=1, b=1, c=2)
+        await assignment.fail_over(members)
+
+        del members["c"]
+        await assignment.fail_over(members)
+
+        assert (await small.map("shard.3")).owner == "b"
+
+
+@virtually
+async def test_a_leader_that_never_saw_the_dead_node_gives_its_shards_to_the_newest() -> None:
+    """The leader died with it: nobody knows which code it had."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "aabc")
+
+        await assignment.fail_over(of_versions(a=1, b=2))
+
+        assert [(await small.map(f"shard.{n}")).owner for n in range(4)] == list("aabb")
+
+
+@virtually
+async def test_a_pinned_actor_of_a_dead_newer_node_goes_to_a_newer_one() -> None:
+    """Rather than to where its shard is, if that is older."""
+    async with cluster(shards=3) as small:
+        assignment = await owned(small, "abb")
+        unit = await taken_out(small, 0, to="c")
+        members = of_versions(a=1, b=2, c=2)
+        await assignment.fail_over(members)
+
+        del members["c"]
+        await assignment.fail_over(members)
+
+        assert (await small.map(unit)).owner == "b"
+
+
+@virtually
+async def test_an_unpinned_actor_does_not_go_home_to_an_older_node() -> None:
+    """Its move would be rolled back, again and again; from a node that drains it has to go."""
+    async with cluster(shards=4) as small:
+        assignment = await owned(small, "aaab")
+        loose = await taken_out(small, 0, to="b", pinned=False)
+        members = of_versions(a=1, b=2)
+
+        assert assignment.strays(members) == []
+        assert assignment.strays(of_versions(a=2, b=2)) == [loose]
+        members["b"] = replace(members["b"], state=NodeState.DRAINING)
+        assert assignment.strays(members) == [loose]

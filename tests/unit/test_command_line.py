@@ -243,6 +243,7 @@ HEALTHY = Status(
     members={"a": member("a"), "b": member("b")},
     answers={"a": {"actors": 5, "serving": True}, "b": {"actors": 7, "serving": True}},
 )  # fmt: skip
+UPGRADING = {node: replace(member(node), schemas={"aircraft": version}) for node, version in {"a": 1, "b": 2}.items()}
 LOCK = HeldLock(unit="shard.1", move="m1", owner="b", destination="a", idle_s=2.0)
 
 REFUSAL = "pause: a handler of aircraft/N14228 still runs after 4 s"
@@ -265,6 +266,10 @@ def test_a_healthy_cluster_has_no_problems() -> None:
         (replace(HEALTHY, shards_total=4, unreadable=["shard.3"]), "shard/3 has no value in the map that can be read"),
         (replace(HEALTHY, unreadable=["shard.1"]), "shard/1 has no value in the map that can be read"),
         (replace(HEALTHY, members={"a": member("a")}), "node b is gone and 2 shards (shard/1, shard/2) have not"),
+        (
+            replace(HEALTHY, members=UPGRADING),
+            "code of older schema versions than others (theirs in brackets): aircraft 1 (2)",
+        ),
         (replace(HEALTHY, answers={"a": None}), "node a holds a lease but does not answer"),
         (replace(HEALTHY, answers={"a": {"serving": False}}), "node a could not renew its lease"),
         (replace(HEALTHY, answers={"a": {"counters": {"quarantined": 2}}}), "quarantined"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from routing.birth import found_or_join
+from routing.errors import InvalidInput
 from routing.lease import Lease
-from routing.membership import OBSERVER_MARGIN_S, SILENCE_RENEWALS, Membership, NodeState
+from routing.membership import OBSERVER_MARGIN_S, SILENCE_RENEWALS, Membership, NodeState, member_of, reads
 from routing.settings import Settings
 from routing.subjects import LEADER_KEY, kv_subject, node_key
 from runtime.testing import MemoryLink, MemoryNats
@@ -18,6 +21,7 @@ BUCKET = SETTINGS.subjects.lease_bucket
 LEASE_S = 5.0
 DOCUMENT: dict[str, Any] = {
     "state": "up", "weight": 2.0, "role": "blue", "types": ["cart"], "host": "h", "pid": 7, "version": "0.1.0",
+    "schemas": {"cart": 3},
 }  # fmt: skip
 
 
@@ -52,6 +56,7 @@ async def test_a_node_is_there_from_its_lease_on() -> None:
 
     assert (member.id, member.incarnation, member.state) == ("a", "a-1", NodeState.UP)
     assert (member.weight, member.role, member.types) == (2.0, "blue", ("cart",))
+    assert member.schemas == {"cart": 3}
     assert member.takes_shards
 
 
@@ -296,3 +301,26 @@ async def test_a_stopped_observer_calls_nobody() -> None:
     await asyncio.sleep(LEASE_S * 2)
 
     assert calls == []
+
+
+# -- which code a node has ---------------------------------------------------------------------------------------------
+def test_code_reads_what_no_newer_code_has_written() -> None:
+    """By the types that both have: what is not told stands in nobody's way."""
+    assert reads({"cart": 2}, {"cart": 2, "room": 5})
+    assert reads({"cart": 3, "bag": 1}, {"cart": 2})
+    assert reads({}, {"cart": 2})
+    assert reads({"cart": 1}, {})
+    assert not reads({"cart": 2, "room": 1}, {"cart": 1, "room": 2})
+
+
+def test_a_node_of_an_earlier_version_does_not_tell() -> None:
+    """It is there all the same."""
+    before = {name: value for name, value in DOCUMENT.items() if name != "schemas"}
+
+    assert member_of("a", {**before, "incarnation": "a-1"}).schemas == {}
+
+
+@pytest.mark.parametrize("schemas", [None, [], {"cart": "3"}, {"cart": True}, {"cart": None}])
+def test_schema_versions_are_whole_numbers(schemas: Any) -> None:
+    with pytest.raises(InvalidInput, match="lease of node a is malformed: schemas"):
+        member_of("a", {**DOCUMENT, "incarnation": "a-1", "schemas": schemas})

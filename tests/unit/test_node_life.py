@@ -215,6 +215,7 @@ async def test_a_draining_node_says_so_waits_to_be_emptied_and_leaves() -> None:
 
         small.nodes["a"].stopping.set()
         await until(lambda: leases("a") and leases("a")[0]["state"] == "draining", within_s=5)
+        assert (leases("a")[0]["types"], leases("a")[0]["schemas"]) == (["ledger"], {"ledger": 1})
         assert await small.send("k", "write", entry=2) == 2
 
         await small.move("m", "b")

@@ -352,3 +352,51 @@ def test_the_summary_of_an_empty_plan_is_empty() -> None:
     shown = summary(RebalanceRequest(plan_id="p", reason="none", moves=()))
 
     assert (shown.moves, shown.actors, shown.state_bytes, shown.routes, shown.estimate_s) == (0, 0, 0, (), 0.0)
+
+
+# -- in the middle of a rolling upgrade --------------------------------------------------------------------------------
+def of_versions(*, draining: str = "", **schema: int) -> list[NodeState]:
+    """Nodes by the schema version of the one class that they have."""
+    return [NodeState(id=id_, draining=id_ in draining, schemas={"cart": v}) for id_, v in schema.items()]
+
+
+def test_the_first_upgraded_node_gets_its_share_of_older_ones() -> None:
+    """That is how an upgrade goes on."""
+    request = plan({shard: owned_by("ab"[shard % 2]) for shard in range(30)}, of_versions(a=1, b=1, c=2))
+
+    assert Counter(move.destination for move in request.moves) == {"c": 10}
+
+
+def test_nothing_goes_from_newer_to_older_code_for_the_sake_of_balance() -> None:
+    """It would be rolled back, and tried again; the balance waits until the older node is upgraded."""
+    shards = {shard: owned_by("b" if shard else "a") for shard in range(12)}
+
+    assert plan(shards, of_versions(a=1, b=2)).moves == ()
+    assert len(plan(shards, of_versions(a=2, b=2)).moves) == 5
+    assert len(plan(shards, of_versions(a=3, b=2)).moves) == 5
+
+
+def test_what_a_newer_node_has_to_give_away_goes_to_newer_ones() -> None:
+    """However full these are: who is older could not read it."""
+    shards = {shard: owned_by("abcc"[shard % 4]) for shard in range(24)}
+
+    request = plan(shards, of_versions(a=1, b=2, c=2, draining="c"))
+
+    assert {(move.source, move.destination) for move in request.moves} == {("c", "b")}
+    assert len(request.moves) == 12
+
+
+def test_the_last_newer_node_drains_to_older_ones() -> None:
+    """What nobody has used under the new code can go there; the rest is rolled back, and says why."""
+    request = plan({shard: owned_by("c") for shard in range(4)}, of_versions(a=1, c=2, draining="c"))
+
+    assert [move.destination for move in request.moves] == ["a"] * 4
+
+
+def test_an_unpinned_actor_stays_at_newer_code_than_its_shard_has() -> None:
+    """Until its shard's node is upgraded."""
+    shards = {0: owned_by("a"), 1: owned_by("b")}
+    apart = {actor_in(0): owned_by("b")}
+
+    assert plan(shards, of_versions(a=1, b=2), apart=apart).moves == ()
+    assert len(plan(shards, of_versions(a=2, b=2), apart=apart).moves) == 1
