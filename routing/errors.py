@@ -106,7 +106,11 @@ class UnknownCommand(InvalidInput):
 
 
 class PayloadTooLarge(InvalidInput):
-    """A message or a state exceeds its limit in bytes."""
+    """A message or a state exceeds its limit in bytes. `logged`: an actor's log has it as what its command came to."""
+
+    def __init__(self, message: str, *, logged: bool = False) -> None:
+        super().__init__(message)
+        self.logged = logged
 
 
 class StateNotPortable(PermanentError):
@@ -177,6 +181,8 @@ def to_wire(error: Exception) -> dict[str, Any]:
             document["message_id"] = error.message_id
         case SessionExpired():
             document["floor"] = error.floor
+        case PayloadTooLarge(logged=True):
+            document["logged"] = True
     return document
 
 
@@ -197,6 +203,8 @@ def from_wire(document: dict[str, Any]) -> FerryError:
             return Moved(message, owner=None, epoch=0)
         case "SessionExpired", {"floor": int(floor)} if 0 <= floor < 10**15 and not isinstance(floor, bool):
             return SessionExpired(message, floor=floor)
+        case "PayloadTooLarge", {"logged": True}:
+            return PayloadTooLarge(message, logged=True)
         case "InDoubt", {"message_id": str(message_id)}:
             return InDoubt(message, message_id=message_id)
         case _:

@@ -119,8 +119,8 @@ class _Lane:
             decided = True
             return reply
         except (Rejected, HandlerFailed, InvalidInput) as error:
-            decided = not isinstance(error, (UnknownActorType, PayloadTooLarge))  # those are not in the actor's log
-            raise
+            decided = error.logged if isinstance(error, PayloadTooLarge) else not isinstance(error, UnknownActorType)
+            raise  # what is not in the actor's log has not taken its number
         finally:
             if not decided and self._broken is None:
                 self._broken = f"{command.name!r}, its command {number} to {command.actor}, ended without an outcome"

@@ -331,7 +331,7 @@ class Mailboxes:
             version = await self._journal.append(live.actor_id, record, after=live.version)
         except PayloadTooLarge as error:
             live.dirty = True
-            record = self._refusal(unit, live, command, error)
+            record = self._refusal(unit, live, command, PayloadTooLarge(str(error), logged=True))
             version = await self._journal.append(live.actor_id, record, after=live.version)
         return self._stored(live, record, version)
 

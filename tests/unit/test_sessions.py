@@ -16,6 +16,7 @@ from routing.errors import (
     InvalidInput,
     NotApplicable,
     OutOfOrder,
+    PayloadTooLarge,
     Rejected,
     SessionExpired,
     Timeout,
@@ -190,6 +191,27 @@ async def test_an_unknown_command_and_a_query_take_their_numbers_too() -> None:
         assert [isinstance(refused, InvalidInput) for refused, _ in results] == [True] * 3
         assert [taken for _, taken in results] == [1, 2, 3]
         assert "session.query" in str(results[2][0])
+
+
+@virtually
+async def test_a_command_whose_reply_is_too_large_for_the_log_takes_its_number() -> None:
+    """Its refusal is in the log: the ones behind go on, and one that comes again is told the same."""
+    async with cluster("a", "b") as small:
+        sending = session(small)
+        large = {"size_bytes": small.nats.max_payload}
+
+        refused, taken = await asyncio.gather(
+            sending.send_message(KEY, "shout", large), write(sending, 1), return_exceptions=True
+        )
+        assert isinstance(refused, PayloadTooLarge)
+        assert taken == 1
+        await small.move("m", "b")
+
+        again = await answer(small, "b", numbered(small, "shout", 1, sending.id, **large))
+        assert isinstance(again.error, PayloadTooLarge)
+        assert again.error.logged
+        assert await write(sending, 2) == 2
+        assert await sending.query(KEY, "read") == [1, 2]
 
 
 @virtually
