@@ -11,9 +11,11 @@ import pytest
 from routing.errors import Unavailable
 from tests.simulation.broker import Broker
 from tests.unit.cluster import Ledger, SmallCluster, cluster
-from tests.unit.test_races import Office, Shelf, planned, planned_move, worker
+from tests.unit.office import Office, worker
+from tests.unit.shelf import Shelf, planned, planned_move
 from tests.unit.virtual_time import until, virtually
-from workflows.migration import CHAIN, ERROR_CHARACTERS, take
+from workflows.driver import ERROR_CHARACTERS
+from workflows.migration import CHAIN, driver
 from workflows.records import TERMINAL, MigrationStatus, Move
 
 PAUSE, *_, AWAIT_ACK, DELETE = CHAIN
@@ -60,16 +62,16 @@ async def test_what_was_refused_is_on_record_while_the_step_is_tried_again_and_g
 
         verbs["pause"] = (pause[0], refuse)
         with pytest.raises(Unavailable):
-            await take(PAUSE, context, move.id, 0)
+            await driver.take(PAUSE, context, move.id, 0)
         waiting = shelf.stored[move.id]
         assert waiting.status is MigrationStatus.PLANNED
         assert str(waiting.error).startswith("pause: not now")
         assert len(str(waiting.error)) <= ERROR_CHARACTERS
 
         verbs["pause"] = pause
-        await take(PAUSE, context, move.id, 1)
-        await take(AWAIT_ACK, context, move.id, 0)
-        await take(DELETE, context, move.id, 0)
+        await driver.take(PAUSE, context, move.id, 1)
+        await driver.take(AWAIT_ACK, context, move.id, 0)
+        await driver.take(DELETE, context, move.id, 0)
         assert shelf.stored[move.id].status is MigrationStatus.COMPLETED
         assert shelf.stored[move.id].error is None
 
@@ -100,7 +102,7 @@ async def test_that_the_map_has_moved_on_does_not_hide_what_was_refused_before()
         await small.abort(move.id)
 
         with pytest.raises(Exception, match="changed hands"):
-            await take(PAUSE, worker(small, shelf), move.id, 2)
+            await driver.take(PAUSE, worker(small, shelf), move.id, 2)
 
         assert shelf.stored[move.id].error == "pause: still runs"
 
@@ -121,7 +123,7 @@ async def test_no_try_fails_because_its_refusal_cannot_be_written_down() -> None
         small.nodes["a"].node._verbs["pause"] = (small.nodes["a"].node._verbs["pause"][0], refuse)
         shelf.before = away
         with pytest.raises(Unavailable, match="not now"):
-            await take(PAUSE, worker(small, shelf), move.id, 0)
+            await driver.take(PAUSE, worker(small, shelf), move.id, 0)
 
 
 @virtually
