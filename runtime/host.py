@@ -292,7 +292,7 @@ class Host:
         command to the new one.
         """
         log.warning("unit may have had another owner in between: begun anew", unit=held.name, epoch=view.epoch)
-        waiting = [*held.take_queued(), *held.buffer.take_all()]
+        waiting = held.take_waiting()
         held.drop()
         del self.units[held.name]
         unit = self._start_opening(held.name)
@@ -302,13 +302,12 @@ class Host:
 
     def _release(self, unit: Unit) -> None:
         """Hand what waited to the mailboxes, oldest first."""
-        waiting = [*unit.take_queued(), *unit.buffer.take_all()]
-        for delivery in waiting:
+        for delivery in unit.take_waiting():
             self.deliver(delivery)
 
     def _drop(self, unit: Unit) -> None:
         """Forget the unit and send everything that waits in it to its owner, in order."""
-        waiting = [*unit.take_queued(), *unit.buffer.take_all()]
+        waiting = unit.take_waiting()
         unit.drop()
         del self.units[unit.name]
         log.info("unit dropped", unit=unit.name, epoch=unit.epoch, forwarded=len(waiting))
@@ -463,7 +462,7 @@ class Host:
         self.counters["passivated"] += len(rested)
 
     def inventory(self, after: str = "", skip: int = 0, *, rows_most: int = INVENTORY_ROWS) -> Inventory:
-        """A page of live actors with the bytes of their state when last encoded, in the order of their units' names.
+        """A page of live actors with about the bytes of their state, in the order of their units' names.
 
         It begins behind unit `after`, without the first `skip` actors of the unit that follows: what the page before
         ended with. Actors come and go between two pages, so all pages together are an estimate.

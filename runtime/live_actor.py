@@ -53,8 +53,8 @@ class LiveActor:
         self.dirty = True
         self.unverified = False  # taken over from a move: compare with the log's tail before the first use
         self.idle_since_s: float | None = None  # found so when its host last looked; None: used since then
-        self.state_bytes = 0  # when last encoded; an estimate for plans
-        self.snapshot_from = 0  # how long the log has to be before a snapshot that failed is tried again
+        self.state_bytes = 0  # about, when last looked at; 0: never. Plans, and what is large, go by it
+        self.snapshot_from = 0  # how long its log has to be for the next snapshot; 0: to be settled
 
     # -- standing at a version ---------------------------------------------------------------------------------------
     async def restore(

@@ -171,6 +171,10 @@ class Unit:
         self.actors.clear()
         self.settled.set()
 
+    def take_waiting(self) -> list[Delivery]:
+        """Everything that waits: what was queued for each actor, in its order, then what came to the closed gate."""
+        return [*self.take_queued(), *self.buffer.take_all()]
+
     def take_queued(self) -> list[Delivery]:
         """Empty every actor's inbox: what was accepted but not begun, per actor in order."""
         queued: list[Delivery] = []
