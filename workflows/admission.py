@@ -20,6 +20,7 @@ import structlog
 
 from routing.directory import Directory, MapEntry
 from routing.errors import WrongSequence
+from routing.subjects import unit_in_words
 from workflows.context import StepContext
 from workflows.records import STEPS, TERMINAL, Move, in_a_new_chain
 from workflows.store import RecordStore
@@ -102,8 +103,11 @@ class Admission:
             await self._context.settle(move_id, error=why)
             self.waiting.pop(move_id, None)
 
-    async def admit(self, alive: Collection[str]) -> None:
-        """Launch what there is room for. Raises Unavailable when Redis cannot take it; it then still waits."""
+    async def admit(self, takers: Collection[str]) -> None:
+        """Launch what there is room for, to nodes that may receive shards now; what has become impossible ends.
+
+        Raises Unavailable when Redis cannot take it; it then still waits.
+        """
         chains = {(move.source, move.destination, _chain_of(move)) for move in self.running.values()}
         busy = Counter(node for source, destination, _ in chains for node in (source, destination))
         still = Counter[str]()  # actors of each node that stand still, or soon will
@@ -115,7 +119,7 @@ class Admission:
             if max(still[move.source], still[move.destination]) >= self._room:
                 continue
             convoy = self._convoy(move)
-            if await self._begin(convoy, alive):
+            if await self._begin(convoy, takers):
                 busy.update((move.source, move.destination))
                 for node in (move.source, move.destination):
                     still[node] += sum(one.actors_total for one in convoy)
@@ -134,11 +138,11 @@ class Admission:
                 actors, state_bytes = actors + move.actors_total, state_bytes + move.state_bytes
         return convoy
 
-    async def _begin(self, convoy: Sequence[Move], alive: Collection[str]) -> bool:
+    async def _begin(self, convoy: Sequence[Move], takers: Collection[str]) -> bool:
         """Launch those of the moves that can begin now, with one chain. False when none can."""
         task_ids, began = {step: str(uuid.uuid4()) for step in STEPS}, self._wall_clock()
         outcomes = await asyncio.gather(
-            *(self._begin_one(move, alive, task_ids, began) for move in convoy), return_exceptions=True
+            *(self._begin_one(move, takers, task_ids, began) for move in convoy), return_exceptions=True
         )
         begun = [outcome for outcome in outcomes if isinstance(outcome, Move)]
         if begun:
@@ -148,11 +152,18 @@ class Admission:
                 raise outcome  # after the launch of the others: nobody else would drive them on soon
         return bool(begun)
 
-    async def _begin_one(self, move: Move, alive: Collection[str], task_ids: dict[str, str], now: float) -> Move | None:
+    async def _begin_one(
+        self, move: Move, takers: Collection[str], task_ids: dict[str, str], now: float
+    ) -> Move | None:
         """Write down that a move begins; returns it as stored, None when it does not (yet)."""
         entry = self._directory.get(move.unit)
-        if entry is None or entry.ownership.owner != move.source or move.destination not in alive:
-            await self._context.settle(move.id, error=f"{move.unit} or its destination changed before the launch")
+        why = ""
+        if entry is None or entry.ownership.owner != move.source:
+            why = f"{unit_in_words(move.unit)} went from {move.source} to another node before the launch"
+        elif move.destination not in takers:
+            why = f"node {move.destination} takes nothing now: `ferry status` says why"
+        if entry is None or why:
+            await self._context.settle(move.id, error=why)
             self.waiting.pop(move.id, None)
             return None
         if entry.ownership.incarnation is None or entry.ownership.move is not None:

@@ -241,7 +241,7 @@ class Coordinator:
         if self._changed_at_s is None and not self.admission.busy and self._assignment.strays(self.membership.alive()):
             self.plan_soon("actors go back to their shards")
         await self._plan_when_due()
-        await self.admission.admit(self.membership.alive())
+        await self.admission.admit(self.takers() if self.admission.waiting else ())
 
     def plan_soon(self, reason: str) -> None:
         """Plan once membership has been quiet for the debounce time."""
