@@ -98,10 +98,18 @@ class Admission:
             self._room = min(self._room + ROOM_STEP, ROOM_MOST)
 
     async def drop_waiting(self, why: str) -> None:
-        """End what was planned and not launched: the next plan decides anew. Raises Unavailable, Timeout."""
-        for move_id in list(self.waiting):
-            await self._context.settle(move_id, error=why)
-            self.waiting.pop(move_id, None)
+        """End what was planned and not launched: the next plan decides anew, beside what was asked for by hand.
+
+        Raises Unavailable, Timeout.
+        """
+        by_hand: dict[str, bool] = {}  # by plan
+        for move in list(self.waiting.values()):
+            if move.plan_id not in by_hand:
+                plan = await self._store.plan(move.plan_id)
+                by_hand[move.plan_id] = plan is not None and plan.by_hand
+            if not by_hand[move.plan_id]:
+                await self._context.settle(move.id, error=why)
+                self.waiting.pop(move.id, None)
 
     async def admit(self, takers: Collection[str]) -> None:
         """Launch what there is room for, to nodes that may receive shards now; what has become impossible ends.

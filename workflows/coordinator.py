@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -34,6 +35,7 @@ from routing.link import Entry, Link, Message, Subscription
 from routing.membership import OBSERVER_MARGIN_S, Member, Membership
 from routing.placement import ConsistentHashPlacement
 from routing.settings import Settings
+from routing.shard_map import Ownership
 from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, actor_of_key, kv_stream, kv_subject, shard_of_key
 from workflows import planner, reconciler
 from workflows.admission import Admission
@@ -277,8 +279,18 @@ class Coordinator:
     async def make_plan(self, reason: str) -> RebalanceRequest:
         """What a rebalance would move now, and why. Raises InvalidInput when no node could receive anything."""
         alive, takers, lost = self.membership.alive(), self.takers(), set(self.directory.unreadable())
+
+        def expected(entries: Mapping[str, MapEntry]) -> dict[str, Ownership]:
+            """What the map says, and will say as soon as the moves that were planned before have locked their units."""
+            found = {unit: entry.ownership for unit, entry in entries.items() if unit not in lost}
+            for move in (*self.admission.waiting.values(), *self.admission.running.values()):
+                own = found.get(move.unit)
+                if own is not None and own.owner == move.source and own.move is None:
+                    found[move.unit] = replace(own, move=move.id, destination=move.destination)
+            return found
+
         return planner.plan_rebalance(
-            {shard_in(unit): entry.ownership for unit, entry in self.directory.shards().items() if unit not in lost},
+            {shard_in(unit): ownership for unit, ownership in expected(self.directory.shards()).items()},
             [
                 planner.NodeState(id=m.id, weight=m.weight, draining=m.id not in takers, schemas=m.schemas)
                 for m in alive.values()
@@ -286,7 +298,7 @@ class Coordinator:
             await self.inventories(alive),
             plan_id=self.new_plan_id(), reason=reason, shards_total=self.directory.shards_total,
             placement=self._placement,
-            apart={unit: entry.ownership for unit, entry in self.directory.apart().items() if unit not in lost},
+            apart=expected(self.directory.apart()),
         )  # fmt: skip
 
     def takers(self) -> set[str]:

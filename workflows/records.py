@@ -227,6 +227,11 @@ class MigrationPlan:
     state_bytes: int = 0
     estimate_s: float | None = None
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether somebody asked for just these moves; the coordinator decides about all others."""
+        return self.reason.endswith("by hand")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEvent:

@@ -302,7 +302,7 @@ def _type_problems(status: Status) -> list[str]:
 def _plan_problems(status: Status) -> list[str]:
     """What the coordinator planned and could not carry out; who moved a shard by hand was told at once."""
     plan = status.plan
-    if plan is None or plan.cancelled or not plan.failed or plan.reason.endswith("by hand"):
+    if plan is None or plan.cancelled or not plan.failed or plan.by_hand:
         return []
     why = f" (the latest: {status.plan_error})" if status.plan_error else ""
     return [

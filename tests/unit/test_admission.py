@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from routing.shard_map import abort, lock
 from tests.unit.cluster import SmallCluster, cluster
 from tests.unit.shelf import Shelf
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
@@ -83,3 +84,62 @@ async def test_nothing_is_launched_to_a_node_that_has_just_begun_to_drain() -> N
         assert lead.launched == []
         assert lead.of_plan("p1")[0].status is MigrationStatus.CANCELLED
         assert lead.of_plan("p1")[0].error == "node b takes nothing now: `ferry status` says why"
+
+
+@virtually
+async def test_a_move_by_hand_that_waits_survives_a_new_plan_which_leaves_its_shard_alone() -> None:
+    """Who asked for it waits for it; what else was planned is decided anew."""
+    async with cluster("a", "b", shards=6) as small:
+        await small.directory.decide("shard.1", lambda view: lock(view, move="earlier", destination="b"))
+        async with leader(small) as lead:
+            lead.process.admission.forget_all()
+            lead.shelf.stored.clear()
+            await small.directory.decide("shard.2", lambda view: lock(view, move="earlier-2", destination="b"))
+            await lead.plan("balance", "b", 2)
+            await lead.plan("shard/1 by hand", "b", 1, plan_id="p2")
+
+            await small.add("c")
+            await until(lambda: any(move.destination == "c" for move in lead.shelf.stored.values()))
+
+            (superseded,), (by_hand,) = lead.of_plan("p1"), lead.of_plan("p2")
+            assert superseded.status is MigrationStatus.CANCELLED
+            assert by_hand.status is MigrationStatus.PLANNED
+            assert lead.of_shard(1) == [by_hand]
+
+            await small.directory.decide("shard.1", lambda view: abort(view, move="earlier"))
+            await until(lambda: by_hand.id in [move.id for move in lead.launched], within_s=3.0)
+
+
+@virtually
+async def test_a_move_by_hand_that_has_become_impossible_says_why() -> None:
+    """Its destination drains."""
+    async with cluster("a", "b", "c", shards=3) as small:
+        await small.directory.decide("shard.1", lambda view: lock(view, move="earlier", destination="b"))
+        async with leader(small) as lead:
+            await lead.plan("shard/1 by hand", "b", 1, plan_id="p2")
+
+            await drain(small, "b")
+            await until(lambda: lead.of_plan("p2")[0].status in TERMINAL)
+
+            assert lead.of_plan("p2")[0].error == "node b takes nothing now: `ferry status` says why"
+
+
+@virtually
+async def test_a_rebalance_that_is_asked_for_does_not_plan_again_what_waits() -> None:
+    """It counts where it is going, as what is locked does."""
+    async with cluster("a", "b", shards=4) as small:
+        for shard in range(2):
+            await small.directory.decide(
+                f"shard.{shard}", lambda view: lock(view, move=f"m{view.epoch}", destination="b")
+            )
+        async with leader(small) as lead:
+            lead.process.admission.forget_all()
+            lead.process.suspended = True
+            await small.directory.decide("shard.0", lambda view: abort(view, move=str(view.move)))
+            await small.directory.decide("shard.1", lambda view: abort(view, move=str(view.move)))
+            lead.process.admission._moves_at_once = 0
+            await lead.plan("balance", "b", 0, 1)
+
+            request = await lead.process.make_plan("asked for")
+
+            assert request.moves == ()
