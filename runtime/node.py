@@ -218,6 +218,7 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _owned(self) -> int:
+        """How many units this node owns: shards, and actors with a key of their own."""
         return sum(1 for entry in self._directory.entries().values() if entry.ownership.owner == self.id)
 
     async def _become(self, state: NodeState) -> None:
@@ -351,7 +352,8 @@ class Node:
 
     async def _status(self, _: Any) -> dict[str, Any]:
         return {
-            "id": self.id, "incarnation": self.incarnation, "state": self.state, "shards": self._owned(),
+            "id": self.id, "incarnation": self.incarnation, "state": self.state,
+            "shards": sum(1 for entry in self._directory.shards().values() if entry.ownership.owner == self.id),
             "actors": self.host.actors_total(), "staged": len(self._arrivals),
             "paused": sorted(unit.name for unit in self.host.units.values() if unit.pause is not None),
             "counters": dict(self.host.counters), "serving": self._lease.is_trusted(),

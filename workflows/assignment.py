@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping
 
 from routing import shard_map
@@ -14,6 +13,7 @@ from routing.membership import Member, reads
 from routing.placement import ConsistentHashPlacement, NodeWeight
 from routing.shard_map import Ownership
 from routing.subjects import actor_of_key, shard_key, shard_of_key
+from workflows.words import counted_units
 
 
 class Assignment:
@@ -51,7 +51,9 @@ class Assignment:
         given = await self._write_all({shard_key(n): (None, shard_map.assign(owners[n])) for n in unassigned})
         if not given:
             return None
-        return f"{len(given)} shards were assigned to {', '.join(sorted({own.owner for own in given.values()}))}"
+        were = "was" if len(given) == 1 else "were"
+        to = ", ".join(sorted({own.owner for own in given.values()}))
+        return f"{counted_units(given)} {were} assigned to {to}"
 
     async def fail_over(self, alive: Mapping[str, Member]) -> str | None:
         """FAILOVER what dead nodes own. Their actors wake at the new owner when somebody asks for them.
@@ -81,11 +83,9 @@ class Assignment:
         )
         if not given:
             return None
-        what = Counter("actor" if shard_of_key(unit) is None else "shard" for unit in given)
-        counted = " and ".join(f"{what[noun]} {noun}s" for noun in ("shard", "actor") if what[noun])
         gone = ", ".join(sorted({orphans[unit].ownership.owner for unit in given}))
         to = ", ".join(sorted({own.owner for own in given.values()}))
-        return f"node {gone} is gone: {counted} failed over to {to}"
+        return f"node {gone} is gone: {counted_units(given)} failed over to {to}"
 
     def _able(self, dead: Member | None, takers: list[NodeWeight], alive: Mapping[str, Member]) -> list[NodeWeight]:
         """Those whose code reads what a dead node may have written: any node's, if it was never seen here.

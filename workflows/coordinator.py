@@ -45,6 +45,7 @@ from workflows.desk import Desk
 from workflows.reconciler import Reconciler
 from workflows.records import ActorRow, ClusterEvent, MigrationPlan, Move, PlannedMove, RebalanceRequest
 from workflows.store import RecordStore
+from workflows.words import counted
 
 log = structlog.get_logger("ferry.coordinator")
 
@@ -238,7 +239,7 @@ class Coordinator:
         if self._clock() - self._reconciled_at_s >= reconciler.EVERY_S:
             self._reconciled_at_s = self._clock()
             for plan in await self._reconciler.reconcile():
-                self._tell(f"plan {plan.id} ended: {plan.completed} of {plan.total} moves completed")
+                self._tell(f"plan {plan.id} ended: {plan.completed} of {counted(plan.total, 'move')} completed")
                 self._after_plan(plan.failed)
         if self._changed_at_s is None and not self.admission.busy and self._assignment.strays(self.membership.alive()):
             self.plan_soon("actors go back to their shards")
@@ -354,7 +355,8 @@ class Coordinator:
         rows = {move.id: _rows_of(planned) for move, planned in zip(moves, request.moves, strict=True)}
         self.admission.add(await self._store.create_plan(plan, moves, rows))
         self._wake.set()
-        self._tell(f"plan {plan.id}, because {plan.reason}: {len(moves)} moves, {plan.actors_total} actors")
+        what = f"{counted(len(moves), 'move')}, {counted(plan.actors_total, 'actor')}"
+        self._tell(f"plan {plan.id}, because {plan.reason}: {what}")
         return plan
 
     def _tell(self, what: str | None) -> None:

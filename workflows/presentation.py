@@ -16,6 +16,7 @@ import click
 import orjson
 
 from workflows.records import STEPS
+from workflows.words import counted as counted
 
 if TYPE_CHECKING:  # it brings the clients of Redis and NATS with it
     from workflows.progress import Show
@@ -149,11 +150,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # -- whole answers -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from routing.subjects import unit_in_words
 from workflows.records import MigrationPlan, MigrationStatus, Move
 from workflows.session import Session
 from workflows.status import answering_workers
+from workflows.words import counted_units
 
 POLL_S = 0.1
 STALLED_S = 2.0  # without progress before somebody is asked why
@@ -57,9 +58,10 @@ async def emptied(session: Session, node: str, *, timeout_s: float, show: Show) 
     """Wait until a node owns nothing. The session follows the map. Raises StillRunning."""
     loop = asyncio.get_running_loop()
     deadline_s, watch = loop.time() + timeout_s, _Stall(loop)
-    total = session.owned_by(node)
+    total = len(session.owned_by(node))
     while True:
-        left = session.owned_by(node)
+        units = session.owned_by(node)
+        left = len(units)
         total = max(total, left)
         if left and watch.stalled(total - left):
             watch.why = await _what_blocks(session, since=watch.since, leaving=node)
@@ -68,7 +70,8 @@ async def emptied(session: Session, node: str, *, timeout_s: float, show: Show) 
             return
         if loop.time() >= deadline_s:
             raise StillRunning(
-                f"node {node} still has {left} of {total} shards after {timeout_s:g} s{watch.because}: draining goes on"
+                f"node {node} still has {counted_units(units)}, of {total} that it had, after"
+                f" {timeout_s:g} s{watch.because}: draining goes on"
             )
         await asyncio.sleep(POLL_S)
 

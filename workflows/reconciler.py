@@ -113,8 +113,12 @@ class Reconciler:
             await self._admission.launch_again(move)
 
     async def _finish_plans(self) -> list[MigrationPlan]:
-        finished = []
-        for plan in await self._store.running_plans():
+        finished, running = [], await self._store.running_plans()
+        for plan_id in await self._store.end_unreadable_plans(
+            besides=[plan.id for plan in running], now=self._wall_clock()
+        ):
+            log.warning("plan cannot be read: ended with its moves", plan=plan_id)
+        for plan in running:
             if plan.completed + plan.failed >= plan.total:
                 moves = await self._store.moves(plan_id=plan.id, limit=plan.total)
                 ended_at = max((move.finished_at or 0.0 for move in moves), default=self._wall_clock())

@@ -68,9 +68,9 @@ class Session:
             raise InvalidInput(f"node {node_id!r} is unknown: nodes are {', '.join(alive) or 'none'}")
         return alive[node_id]
 
-    def owned_by(self, node_id: str) -> int:
-        """How many units a node has: shards, and actors that were moved there by hand."""
-        return sum(1 for entry in self.directory.entries().values() if entry.ownership.owner == node_id)
+    def owned_by(self, node_id: str) -> list[str]:
+        """The units that a node has: shards, and actors that were moved there by hand."""
+        return [unit for unit, entry in self.directory.entries().items() if entry.ownership.owner == node_id]
 
     def locked(self) -> dict[str, MapEntry]:
         """The units that a move holds locked now."""

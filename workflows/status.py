@@ -25,6 +25,7 @@ from routing.subjects import actor_of_key, shard_key, unit_in_words
 from workflows.records import ClusterEvent, MigrationPlan, MigrationStatus, to_document
 from workflows.session import open_session
 from workflows.store import RecordStore
+from workflows.words import counted, counted_units
 
 ASK_S = 1.0
 STORE_S = 2.0
@@ -306,7 +307,7 @@ def _plan_problems(status: Status) -> list[str]:
         return []
     why = f" (the latest: {status.plan_error})" if status.plan_error else ""
     return [
-        f"{plan.failed} of {plan.total} moves of the last plan did not complete{why}:"
+        f"{plan.failed} of {counted(plan.total, 'move')} of the last plan did not complete{why}:"
         f" see `ferry migrations --plan {plan.id} --status rolled_back`"
     ]
 
@@ -326,8 +327,8 @@ def _lock_problems(status: Status) -> list[str]:
 
 
 def _units(units: Sequence[str]) -> str:
-    """`shard/1 has`, or `12 shards (shard/1, shard/2, ...) have`: the subject and auxiliary of a sentence."""
+    """`shard/1 has`, or `12 shards and 1 actor (shard/1, shard/2, ...) have`: a sentence's subject and auxiliary."""
     if len(units) == 1:
         return f"{unit_in_words(units[0])} has"
     named = ", ".join(unit_in_words(unit) for unit in units[:NAMED_AT_MOST])
-    return f"{len(units)} shards ({named}{', ...' if len(units) > NAMED_AT_MOST else ''}) have"
+    return f"{counted_units(units)} ({named}{', ...' if len(units) > NAMED_AT_MOST else ''}) have"

@@ -210,6 +210,24 @@ class RecordStore:
         running = await self._ids(self._keys.running, 0, RUNNING_PLANS)
         return await self._unreadable.end(move_id, plans=running, revision=revision, now=now, error=error)
 
+    @many_trips
+    async def end_unreadable_plans(self, *, besides: Collection[str], now: float) -> list[str]:
+        """End the plans that cannot be read and have no unfinished move (any more): their counts tell nobody so.
+
+        `besides` are those that `running_plans` found. Returns which have ended.
+        """
+        running = await self._ids(self._keys.running, 0, RUNNING_PLANS, oldest_first=True)
+        lost = [plan_id for plan_id in running if plan_id not in besides]
+        just_created = {plan.id for plan in await self._plans(lost)}
+        unfinished, ended = set(await self._unfinished()) if lost else set(), []
+        for plan_id in lost:
+            moves = cast("list[bytes]", await self._redis.zrange(self._keys.plan_moves(plan_id), 0, -1))
+            if plan_id not in just_created and unfinished.isdisjoint(move_id.decode() for move_id in moves):
+                flags = [b"null", orjson.dumps(now), b"false"]
+                await self._save_plan(keys=[self._keys.plan(plan_id), self._keys.running], args=[plan_id, *flags])
+                ended.append(plan_id)
+        return ended
+
     @one_trip
     async def actors(self, move_id: str) -> list[ActorRow]:
         return (await self._rows([move_id]))[0]

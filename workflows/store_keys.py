@@ -125,11 +125,15 @@ if redis.call('EXISTS', plan) == 1 then redis.call('HINCRBY', plan, 'failed', 1)
 return 1
 """
 
-# Sets what may still be set of a plan: times once, `cancelled` never back. Answers 0 when there is no such plan.
+# Sets what may still be set of a plan: times once, `cancelled` never back. Answers 0 when there is no such plan,
+# which then does not run either.
 SAVE_PLAN = """
 local plan, running = KEYS[1], KEYS[2]
 local id, started_at, finished_at, cancelled = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-if redis.call('EXISTS', plan) == 0 then return 0 end
+if redis.call('EXISTS', plan) == 0 then
+    redis.call('ZREM', running, id)
+    return 0
+end
 if started_at ~= 'null' then redis.call('HSETNX', plan, 'started_at', started_at) end
 if cancelled == 'true' then redis.call('HSET', plan, 'cancelled', 'true') end
 if finished_at ~= 'null' then

@@ -1,4 +1,4 @@
-"""Moves on a real Valkey that cannot be read: damaged, lost, or of a later version."""
+"""Moves and plans on a real Valkey that cannot be read: damaged, lost, or of a later version."""
 
 from __future__ import annotations
 
@@ -111,3 +111,41 @@ async def test_moves_that_can_be_read_are_not_among_those_that_cannot(store: Rec
 
     assert known == {move.id for move in first}
     assert await store.unreadable_moves(besides=known) == {"p2-000": 1}
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+async def plan_of_a_later_version(redis: Redis, plan_id: str) -> None:
+    await redis.hset(f"ferry:test:plan:{plan_id}", "of_a_later_version", b"null")
+
+
+async def damaged_plan(redis: Redis, plan_id: str) -> None:
+    await redis.hset(f"ferry:test:plan:{plan_id}", "reason", b"{")
+
+
+async def lost_plan(redis: Redis, plan_id: str) -> None:
+    await redis.delete(f"ferry:test:plan:{plan_id}")
+
+
+@pytest.mark.parametrize("spoil", [plan_of_a_later_version, damaged_plan, lost_plan])
+async def test_a_plan_that_cannot_be_read_ends_with_its_moves(
+    store: RecordStore, redis_url: str, spoil: Callable[[Redis, str], Awaitable[None]]
+) -> None:
+    """Its counts cannot tell that it is over. It is trimmed with its moves, as every plan."""
+    moves = await created(store, 2, "p1", 100.0)
+    await ended(store, moves[0])
+    async with Redis.from_url(redis_url) as admin:
+        await spoil(admin, "p1")
+        known = ids(await store.running_plans())
+        await created(store, 0, "p2", 200.0)
+
+        assert known == []
+        assert await store.end_unreadable_plans(besides=known, now=300.0) == []  # it runs, and p2 can be read
+        assert await admin.zrange("ferry:test:plans:running", 0, -1) == [b"p1", b"p2"]
+
+        await ended(store, moves[1])
+        assert await store.end_unreadable_plans(besides=["p2"], now=300.0) == ["p1"]
+        assert await store.end_unreadable_plans(besides=["p2"], now=300.0) == []
+        assert await admin.zrange("ferry:test:plans:running", 0, -1) == [b"p2"]
+
+        await store.trim(0)
+        assert not await admin.exists("ferry:test:plan:p1")

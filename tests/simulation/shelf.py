@@ -149,6 +149,9 @@ class Shelf:
     async def unreadable_moves(self, *, besides: Collection[str]) -> dict[str, int]:
         return {}
 
+    async def end_unreadable_plans(self, *, besides: Collection[str], now: float) -> list[str]:
+        return []
+
     async def actors(self, move_id: str) -> list[ActorRow]:
         return await self._trip(lambda: [row for _, row in sorted(self.rows.get(move_id, {}).items())])
 

@@ -20,6 +20,7 @@ class Shelf:
         self.stored: dict[str, Move] = {}
         self.plans: dict[str, MigrationPlan] = {}
         self.unreadable: dict[str, int] = {}  # id -> revision
+        self.unreadable_plans: list[str] = []
         self.lose: Callable[[Move], bool] = lambda move: False
         self.before: Callable[[Move], Awaitable[None]] | None = None
         self.between: Callable[[], Awaitable[None]] | None = None
@@ -69,6 +70,10 @@ class Shelf:
 
     async def running_plans(self) -> list[MigrationPlan]:
         return [plan for plan in self.plans.values() if plan.finished_at is None]
+
+    async def end_unreadable_plans(self, *, besides: Collection[str], now: float) -> list[str]:
+        ended, self.unreadable_plans = [plan_id for plan_id in self.unreadable_plans if plan_id not in besides], []
+        return ended
 
     async def trim(self, keep: int) -> int:
         return 0

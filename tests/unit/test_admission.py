@@ -14,7 +14,18 @@ from tests.unit.shelf import Shelf
 from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows.coordinator import Coordinator
 from workflows.planner import planned_move
-from workflows.records import TERMINAL, MigrationStatus, Move, RebalanceRequest
+from workflows.records import TERMINAL, ClusterEvent, MigrationStatus, Move, RebalanceRequest
+
+
+class Noting(Shelf):
+    """A shelf that keeps what happened to the cluster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened: list[str] = []
+
+    async def note(self, event: ClusterEvent) -> None:
+        self.happened.append(event.what)
 
 
 @dataclass
@@ -22,7 +33,7 @@ class Leader:
     """A coordinator that leads, over a shelf; what it launches goes nowhere."""
 
     process: Coordinator
-    shelf: Shelf
+    shelf: Noting
     launched: list[Move]
 
     async def plan(self, reason: str, destination: str, *shards: int, plan_id: str = "p1") -> None:
@@ -49,7 +60,7 @@ async def leader(small: SmallCluster) -> AsyncIterator[Leader]:
     async def launch(*moves: Move) -> None:
         launched.extend(moves)
 
-    shelf = Shelf()
+    shelf = Noting()
     store: Any = shelf
     process = Coordinator(
         small.settings, name="c1", link=small.nats.link("c1"), store=store, launch=launch, clock=clock,
@@ -143,3 +154,14 @@ async def test_a_rebalance_that_is_asked_for_does_not_plan_again_what_waits() ->
             request = await lead.process.make_plan("asked for")
 
             assert request.moves == ()
+
+
+@virtually
+async def test_what_happens_is_told_in_the_right_number() -> None:
+    """Events are read by people."""
+    async with cluster("a", "b", shards=4) as small, leader(small) as lead:
+        await lead.plan("balance", "b", 0)
+        await lead.plan("drain", "b", 1, 2, plan_id="p2")
+
+        await until(lambda: "plan p1, because balance: 1 move, 0 actors" in lead.shelf.happened)
+        await until(lambda: "plan p2, because drain: 2 moves, 0 actors" in lead.shelf.happened)

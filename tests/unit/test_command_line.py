@@ -18,11 +18,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.address import ActorId
 from routing.directory import MapEntry
 from routing.errors import InDoubt, InvalidInput, Rejected, Timeout, Unavailable
 from routing.logs import configure_logging
 from routing.membership import Member, NodeState
 from routing.shard_map import Ownership
+from routing.subjects import actor_key
 from workflows import presentation
 from workflows.cli import cli
 from workflows.command_line import Failure, FerryGroup, parse_arguments
@@ -246,6 +248,7 @@ HEALTHY = Status(
 UPGRADING = {node: replace(member(node), schemas={"aircraft": version}) for node, version in {"a": 1, "b": 2}.items()}
 LOCK = HeldLock(unit="shard.1", move="m1", owner="b", destination="a", idle_s=2.0)
 
+PINNED = actor_key(ActorId("aircraft", "N14228"))
 REFUSAL = "pause: a handler of aircraft/N14228 still runs after 4 s"
 PLAN = MigrationPlan(id="p1", reason="node c joined", created_at=1.0, started_at=1.0, total=4, completed=3, failed=1)
 
@@ -269,6 +272,10 @@ def test_a_healthy_cluster_has_no_problems() -> None:
         (
             replace(HEALTHY, members=UPGRADING),
             "code of older schema versions than others (theirs in brackets): aircraft 1 (2)",
+        ),
+        (
+            replace(HEALTHY, entries=HEALTHY.entries | {PINNED: owned_by("c"), "shard.2": owned_by("c")}),
+            "node c is gone and 1 shard and 1 actor (shard/2, aircraft/N14228) have not",
         ),
         (replace(HEALTHY, answers={"a": None}), "node a holds a lease but does not answer"),
         (replace(HEALTHY, answers={"a": {"serving": False}}), "node a could not renew its lease"),

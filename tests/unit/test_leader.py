@@ -52,6 +52,19 @@ async def test_losing_the_lead_in_the_middle_of_a_launch_is_no_crash() -> None:
 
 
 @virtually
+async def test_a_plan_that_cannot_be_read_is_ended() -> None:
+    """Or it would be looked at in every round, for ever; when its moves have ended, the store tells."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        office = Office(small, shelf)
+        shelf.unreadable_plans = ["p1"]
+
+        await office.reconciler.reconcile()
+
+        assert shelf.unreadable_plans == []
+
+
+@virtually
 async def test_a_move_that_cannot_be_read_is_ended_once_nobody_drives_it_on() -> None:
     """While its revision grows somebody can read it; one that is planned here is written anew by its launch."""
     async with cluster("a", "b") as small:

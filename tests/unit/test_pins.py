@@ -91,6 +91,17 @@ async def test_an_actor_that_is_taken_out_goes_on_being_served_where_it_is() -> 
 
 
 @virtually
+async def test_a_node_counts_its_shards_without_the_actors_apart() -> None:
+    """There are as many shards as the cluster was born with, whoever is pinned where."""
+    async with cluster("a", "b") as small:
+        await small.move("m", "b", await take_out(small))
+
+        told = [await small.nodes[name].node._status(None) for name in ("a", "b")]
+
+        assert [status["shards"] for status in told] == [1, 0]
+
+
+@virtually
 async def test_an_actor_without_a_log_can_be_taken_out() -> None:
     """Whether it ever lived makes no difference to the map."""
     async with cluster("a", "b") as small:
