@@ -4,6 +4,8 @@
     FERRY_LOG_LEVEL   debug, info, warning, error or critical; the default is the command's. What is logged of each
                       single shard (hundreds of lines when a node joins) needs debug.
 
+Both are read from the environment or `.env`, as settings are.
+
 structlog renders, the standard library delivers: so Celery's and nats-py's own messages look like ours, and whoever
 embeds Ferry and never calls this keeps the logging they have.
 """
@@ -11,13 +13,14 @@ embeds Ferry and never calls this keeps the logging they have.
 from __future__ import annotations
 
 import logging
-import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 
 from routing.errors import InvalidInput
+from routing.settings import variables
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 FORMATS = ("console", "json")
@@ -36,10 +39,11 @@ _SHARED: tuple[Any, ...] = (
 def configure_logging(default_level: str = "warning", *, path: str | None = None) -> None:
     """Set logging up for this process: to stderr, or to the file `path`. May be called again; the last call counts.
 
-    Raises InvalidInput when FERRY_LOG or FERRY_LOG_LEVEL says something unknown.
+    Raises InvalidInput when FERRY_LOG or FERRY_LOG_LEVEL says something unknown, or `.env` cannot be read.
     """
-    level = logging.getLevelNamesMapping()[_chosen("FERRY_LOG_LEVEL", default_level, LEVELS).upper()]
-    form = _chosen("FERRY_LOG", "console", FORMATS)
+    given = variables()
+    level = logging.getLevelNamesMapping()[_chosen(given, "FERRY_LOG_LEVEL", default_level, LEVELS).upper()]
+    form = _chosen(given, "FERRY_LOG", "console", FORMATS)
     handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -77,8 +81,8 @@ def _rendering(form: str, *, colors: bool) -> list[Any]:
     ]
 
 
-def _chosen(variable: str, default: str, known: tuple[str, ...]) -> str:
-    value = os.environ.get(variable, "").lower() or default
+def _chosen(given: Mapping[str, str], variable: str, default: str, known: tuple[str, ...]) -> str:
+    value = given.get(variable, "").lower() or default
     if value not in known:
         raise InvalidInput(f"{variable}={value}: use {', '.join(known)}")
     return value

@@ -10,10 +10,12 @@ import json
 import math
 import os
 from dataclasses import dataclass, fields
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dotenv import dotenv_values
 from environs import Env, EnvValidationError
 
 from routing.address import check_node_id
@@ -23,6 +25,7 @@ from routing.subjects import Subjects
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_DATA_DIR = ".ferry"
+ENV_FILE = ".env"  # of the current folder
 MAX_LOGS = 64
 MAX_SHARDS = 65_536
 
@@ -90,7 +93,7 @@ class Settings:
         return Subjects(self.cluster, self.logs)
 
     @classmethod
-    def load(cls, env_file: str | Path = ".env", **overrides: Any) -> Settings:
+    def load(cls, env_file: str | Path = ENV_FILE, **overrides: Any) -> Settings:
         """Read the environment, then `.env`; `overrides` that are not None win (command-line options).
 
         Without FERRY_NATS_URL or FERRY_REDIS_URL, the embedded servers of this data folder are used while they run.
@@ -111,20 +114,47 @@ class Settings:
         return settings
 
 
+def variables(env_file: str | Path = ENV_FILE) -> dict[str, str]:
+    """Every FERRY_ variable as it is written in the environment, else in `.env`: those that are no settings, too.
+
+    Raises InvalidInput when the file cannot be read.
+    """
+    found = {**_of_file(env_file), **os.environ}
+    return {name: value for name, value in found.items() if name.startswith("FERRY_")}
+
+
+def _of_file(env_file: str | Path) -> dict[str, str]:
+    """What a file of variables says, nothing when there is none. Raises InvalidInput when it cannot be read."""
+    try:
+        text = Path(env_file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInput(
+            f"settings cannot be read from {env_file} ({reason}): make it a text file, or remove it"
+        ) from error
+    return {name: value for name, value in dotenv_values(stream=StringIO(text)).items() if value is not None}
+
+
 def _read(env_file: str | Path) -> tuple[dict[str, Any], list[str]]:
     """(what is set, by name; what cannot be read): the environment wins over the file, which stays out of it."""
     env = Env(eager=False, prefix="FERRY_")
-    env.read_env(env_file, recurse=False)
+    problems = []
+    try:
+        _of_file(env_file)
+        env.read_env(env_file, recurse=False)
+    except InvalidInput as error:
+        problems.append(str(error))
     read: dict[str, Any] = {
         "str": env.str, "int": env.int, "float": env.float, "bool": env.bool, "tuple[str, ...]": env.list,
     }  # fmt: skip
     values = {field.name: read[str(field.type)](field.name.upper(), None) for field in fields(Settings)}
-    problems = []
     try:
         env.seal()
     except EnvValidationError as error:
         wrong: Any = error.error_messages  # environs types them wider than it raises them
-        problems = [f"{name}: {' '.join(why)}" for name, why in wrong.items()]
+        problems += [f"{name}: {' '.join(why)}" for name, why in wrong.items()]
     return {name: value for name, value in values.items() if value is not None}, problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from routing.errors import InvalidInput
+from routing.errors import InvalidInput, Unavailable
 from routing.settings import embedded_urls
 from tests.integration.waiting import ended, until
-from workflows.local.probe import answers
+from workflows.local.probe import answers, free_port
 from workflows.local.servers import nats_environment
 from workflows.local.up import cluster_lines, node_name, procfile, run_up
 
@@ -165,6 +166,52 @@ def test_actor_modules_that_no_node_could_load_are_refused_before_anything_start
     assert ended.stderr.count("\n") == 1
     assert said in ended.stderr
     assert not (tmp_path / ".ferry").exists()
+
+
+TOLD = "$FERRY_ACTORS $FERRY_NATS_URL $FERRY_REDIS_URL $FERRY_FLOWER_PORT $FERRY_LOG_LEVEL $FERRY_CLUSTER"
+
+
+def test_what_the_env_file_says_holds_for_every_line_unless_the_environment_says_otherwise(tmp_path: Path) -> None:
+    """Servers that run already, actors, Flower's port, and what is no setting; no embedded server is started."""
+    nats, redis, flower = (free_port() for _ in range(3))
+    (tmp_path / "shop.py").write_text("from examples.flights import Aircraft")
+    (tmp_path / "Procfile").write_text(f"nats: false\nredis: false\nnode_a: sleep 60\nshow: echo {TOLD}\n")
+    (tmp_path / ".env").write_text(
+        f"FERRY_NATS_URL=nats://127.0.0.1:{nats}\nFERRY_REDIS_URL=redis://127.0.0.1:{redis}/1\nFERRY_ACTORS=shop\n"
+        f"FERRY_FLOWER_PORT={flower}\nFERRY_LOG_LEVEL=error\nFERRY_CLUSTER=of-file\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERRY_")}
+
+    ended = subprocess.run(
+        [sys.executable, "-c", UP, "1"], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False,
+        env={**environment, "FERRY_CLUSTER": "of-environment", "PYTHONPATH": str(_PROJECT)},
+    )  # fmt: skip
+
+    told = f"shop nats://127.0.0.1:{nats} redis://127.0.0.1:{redis}/1 {flower} error of-environment"
+    assert told in ended.stdout
+    assert f"http://127.0.0.1:{flower}/" in ended.stdout
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "flower", "-1"])
+def test_what_is_no_port_for_flower_is_refused(tmp_path: Path, port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is started."""
+    monkeypatch.setattr("workflows.local.up.procfile", lambda: tmp_path / "none")
+    monkeypatch.setenv("FERRY_FLOWER_PORT", port)
+
+    with pytest.raises(InvalidInput, match=f"FERRY_FLOWER_PORT={port}: must be a port"):
+        run_up(1, tmp_path / "data")
+
+
+def test_a_port_for_flower_that_is_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower alone could not start, and would take all others with it."""
+    monkeypatch.setattr("workflows.local.up.procfile", lambda: tmp_path / "none")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("FERRY_FLOWER_PORT", str(port))
+
+        with pytest.raises(Unavailable, match=f"port {port} is in use, so Flower"):
+            run_up(1, tmp_path / "data")
 
 
 def test_it_says_once_that_it_is_ready_and_what_to_try(tmp_path: Path) -> None:

@@ -508,6 +508,21 @@ def test_logs_of_ours_and_of_libraries_look_the_same(tmp_path: Path, monkeypatch
     assert lines[0]["node"] == "a"
 
 
+@pytest.mark.usefixtures("own_logging")
+def test_what_is_logged_and_how_may_stand_in_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all that Ferry reads; the environment wins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("FERRY_LOG=json\nFERRY_LOG_LEVEL=debug\n")
+    monkeypatch.setenv("FERRY_LOG_LEVEL", "error")
+
+    configure_logging(path=str(tmp_path / "log"))
+    logging.getLogger("ferry.test").warning("unseen")
+    logging.getLogger("ferry.test").error("seen")
+
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(line)["event"] == "seen"
+
+
 @pytest.mark.parametrize("variable", ["FERRY_LOG", "FERRY_LOG_LEVEL"])
 @pytest.mark.usefixtures("own_logging")
 def test_an_unknown_log_setting_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:

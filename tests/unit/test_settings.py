@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from routing.errors import InvalidInput
-from routing.settings import MAX_SHARDS, Settings
+from routing.settings import MAX_SHARDS, Settings, variables
 
 LADDER = [
     "append_timeout_s",
@@ -151,6 +151,32 @@ def test_reading_a_file_leaves_the_environment_as_it_was(tmp_path: Path) -> None
 
     assert dict(os.environ) == before
     assert (one.shards, two.shards, two.logs) == (8, Settings().shards, 2)
+
+
+def test_a_file_that_cannot_be_read_is_one_of_the_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder, which containers make of a file that is not there; another encoding. Listed with the others."""
+    monkeypatch.setenv("FERRY_LOGS", "0")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin").write_bytes("FERRY_CLUSTER=zürich\n".encode("latin-1"))
+
+    for name, reason in (("folder", "Is a directory"), ("latin", "it is not UTF-8")):
+        with pytest.raises(InvalidInput) as refusal:
+            Settings.load(tmp_path / name)
+
+        assert f"{tmp_path / name} ({reason})" in str(refusal.value)
+        assert "FERRY_LOGS=0" in str(refusal.value)
+        with pytest.raises(InvalidInput, match=name):
+            variables(tmp_path / name)
+
+
+def test_variables_are_those_of_the_file_and_of_the_environment_which_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As written, whether they are settings or not; nobody else's."""
+    (tmp_path / ".env").write_text("FERRY_FLOWER_PORT=5556\nFERRY_LOG=json\nSECRET=1\n")
+    monkeypatch.setenv("FERRY_LOG", "console")
+
+    assert variables() == {"FERRY_FLOWER_PORT": "5556", "FERRY_LOG": "console"}
 
 
 def test_an_override_is_checked_like_everything_else() -> None:

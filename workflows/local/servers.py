@@ -113,7 +113,7 @@ class EmbeddedServers:
     def start_nats(self) -> None:
         """Start NATS, on the port it had before if it had one. Raises as `start`."""
         if self._nats_port is not None:
-            _check_port("NATS", self._nats_port, "FERRY_NATS_URL")
+            check_port("NATS", self._nats_port, "FERRY_NATS_URL")
         argv = nats_argv(self.data_dir, port=self._nats_port, sync_always=self._sync_always)
         server = LocalProcess(
             "nats-server", argv, env=nats_environment(sync_always=self._sync_always),
@@ -132,7 +132,7 @@ class EmbeddedServers:
     def start_redis(self) -> None:
         """Start Redis, on the port it had before if it had one. Raises as `start`."""
         if self._redis_port is not None:
-            _check_port("Redis", self._redis_port, "FERRY_REDIS_URL")
+            check_port("Redis", self._redis_port, "FERRY_REDIS_URL")
             self._start_redis_on(self._redis_port)
             return
         # Redis cannot choose a port by itself.
@@ -239,7 +239,8 @@ def _reported_port(data_dir: Path, process_id: int) -> int | None:
     return None
 
 
-def _check_port(server: str, port: int, variable: str) -> None:
+def check_port(server: str, port: int, variable: str) -> None:
+    """Raises Unavailable when the port is in use."""
     if not port_is_free(port):
         raise Unavailable(
             f"port {port} is in use, so {server} cannot start on it: stop what listens there, or set {variable}"

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import TextIO
 
 from routing.errors import InvalidInput
-from routing.settings import Settings
+from routing.settings import Settings, variables
 from workflows.local.actor_modules import check_actor_modules
 from workflows.local.claim import Claim
 from workflows.local.probe import free_port, port_is_free
 from workflows.local.ready import EXAMPLE, say_when_ready
-from workflows.local.servers import announce, withdraw
+from workflows.local.servers import announce, check_port, withdraw
 
 # honcho kills what is left this long after the first line has stopped. Nodes take up to 10 s to stop and the servers
 # wait for them, so less would cut them off; much more would keep a user waiting for a line that hangs.
 _KILL_AFTER_S = 25
 _NODE_LINE = re.compile(r"node[_-].*")
 _MOST_NODES = 100
+_LAST_PORT = 65_535
 
 
 def run_up(
@@ -35,20 +36,23 @@ def run_up(
     """Run the cluster in the foreground and return its exit status: 0 after Ctrl-C or SIGTERM, 1 when a line failed.
 
     A URL, given here or in FERRY_NATS_URL or FERRY_REDIS_URL, names a server that runs already; without one an
-    embedded server is started, on its usual port when that is free. Ctrl-C drains and stops everything within about
-    half a minute. Killed with SIGKILL, the lines notice within a second and stop by themselves.
+    embedded server is started, on its usual port when that is free. FERRY_ variables of `.env` are in the environment
+    of every line. Ctrl-C drains and stops everything within about half a minute. Killed with SIGKILL, the lines notice
+    within a second and stop by themselves.
 
     Must be called on the main thread, where signals arrive. Raises InvalidInput for a bad number of nodes, for actor
-    modules that no node could load, and when another live process uses the data folder; nothing was started then.
+    modules that no node could load, for what is no port, and when another live process uses the data folder;
+    Unavailable when Flower's port is in use. Nothing was started then.
     """
     if not 1 <= nodes <= _MOST_NODES:
         raise InvalidInput(f"--nodes {nodes}: use 1 to {_MOST_NODES}")
-    modules = actors or [name.strip() for name in os.environ.get("FERRY_ACTORS", "").split(",") if name.strip()]
+    given = variables()
+    modules = actors or [name.strip() for name in given.get("FERRY_ACTORS", "").split(",") if name.strip()]
     if modules:
         check_actor_modules(modules)
     folder = Path(data_dir).resolve()
-    nats_url = nats_url or os.environ.get("FERRY_NATS_URL")
-    redis_url = redis_url or os.environ.get("FERRY_REDIS_URL")
+    nats_url = nats_url or given.get("FERRY_NATS_URL")
+    redis_url = redis_url or given.get("FERRY_REDIS_URL")
     embedded = {name for name, url in (("nats", nats_url), ("redis", redis_url)) if not url}
     for server in sorted(embedded):
         Claim(folder, server).release()  # the server takes it; here only to fail early, and with a clear reason
@@ -56,9 +60,10 @@ def run_up(
 
     nats_url = nats_url or f"nats://127.0.0.1:{_port_near(4222)}"
     redis_url = redis_url or f"redis://127.0.0.1:{_port_near(6379)}/0"
-    flower_port = flower_port or _port_near(5555)
+    flower_port = flower_port or _flower_port(given.get("FERRY_FLOWER_PORT", ""))
     env = {
         **os.environ,
+        **given,
         "FERRY_NATS_URL": nats_url,
         "FERRY_REDIS_URL": redis_url,
         "FERRY_DATA_DIR": str(folder),
@@ -203,6 +208,16 @@ class _Reader:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+
+
+def _flower_port(given: str) -> int:
+    """Raises InvalidInput when what is given is no port, Unavailable when it is in use."""
+    if not given:
+        return _port_near(5555)
+    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= _LAST_PORT):
+        raise InvalidInput(f"FERRY_FLOWER_PORT={given}: must be a port, 1 to {_LAST_PORT}")
+    check_port("Flower", int(given), "FERRY_FLOWER_PORT")
+    return int(given)
 
 
 def _port_near(usual: int) -> int:
