@@ -41,9 +41,8 @@ def configure_logging(default_level: str = "warning", *, path: str | None = None
 
     Raises InvalidInput when FERRY_LOG or FERRY_LOG_LEVEL says something unknown, or `.env` cannot be read.
     """
-    given = variables()
-    level = logging.getLevelNamesMapping()[_chosen(given, "FERRY_LOG_LEVEL", default_level, LEVELS).upper()]
-    form = _chosen(given, "FERRY_LOG", "console", FORMATS)
+    level_name, form = choices(default_level)
+    level = logging.getLevelNamesMapping()[level_name.upper()]
     handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -60,6 +59,13 @@ def configure_logging(default_level: str = "warning", *, path: str | None = None
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+
+
+def choices(default_level: str = "warning") -> tuple[str, str]:
+    """Level and format. Raises as `configure_logging`."""
+    given = variables()
+    level = _chosen(given, "FERRY_LOG_LEVEL", default_level, LEVELS)
+    return level, _chosen(given, "FERRY_LOG", "console", FORMATS)
 
 
 def _rendering(form: str, *, colors: bool) -> list[Any]:

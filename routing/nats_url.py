@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from routing.errors import InvalidInput
+
+_LAST_PORT = 65_535
+
 
 def parts(url: str) -> list[str]:
     return [part.strip() for part in url.split(",") if part.strip()]
+
+
+def check_address(url: str, setting: str) -> None:
+    """Raises InvalidInput for a URL whose port is none, or that cannot be taken apart at all.
+
+    The message does not repeat the URL, a part of which may be a password.
+    """
+    try:
+        port_is_well = urlsplit(url).port != 0
+    except ValueError as error:
+        if "port" not in str(error).lower():
+            raise InvalidInput(
+                f"{setting} is malformed: in a user or a password write [ as %5B and ] as %5D"
+            ) from error
+        port_is_well = False
+    if not port_is_well:
+        raise InvalidInput(
+            f"{setting} is malformed: its port must be a number up to {_LAST_PORT} (in a password write / as %2F)"
+        )
 
 
 def without_secrets(url: str) -> str:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from environs import Env, EnvValidationError
 
 from routing.address import check_node_id
 from routing.errors import InvalidInput
+from routing.nats_url import check_address, parts
 from routing.subjects import Subjects
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
@@ -28,6 +32,7 @@ DEFAULT_DATA_DIR = ".ferry"
 ENV_FILE = ".env"  # of the current folder
 MAX_LOGS = 64
 MAX_SHARDS = 65_536
+_DATABASE = re.compile(r"(/[0-9]*)?")  # redis-py takes 0 for any other path, and Celery ends with a traceback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +85,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         problems = [*_range_problems(self), *_time_problems(self)]
-        for check in (lambda: Subjects(self.cluster), lambda: check_node_id(self.node_id) if self.node_id else None):
+        checks: list[tuple[Callable[[str], object], str]] = [
+            (_check_nats_url, self.nats_url), (_check_redis_url, self.redis_url), (Subjects, self.cluster),
+        ]  # fmt: skip
+        if self.node_id:
+            checks.append((check_node_id, self.node_id))
+        for check, value in checks:
             try:
-                check()
+                check(value)
             except InvalidInput as error:
                 problems.append(str(error))
         if problems:
@@ -182,11 +192,23 @@ def _range_problems(s: Settings) -> list[str]:
             continue
         if not (0 < value < math.inf or isinstance(value, bool)):
             problems.append(f"FERRY_{field.name.upper()}={value}: must be finite and greater than 0")
-    if not s.nats_url.startswith(("nats://", "tls://")):
-        problems.append(f"FERRY_NATS_URL={s.nats_url}: must start with nats:// or tls://")
-    if not s.redis_url.startswith(("redis://", "rediss://", "unix://")):
-        problems.append(f"FERRY_REDIS_URL={s.redis_url}: must start with redis:// or rediss://")
     return problems
+
+
+def _check_nats_url(urls: str) -> None:
+    if not urls.startswith(("nats://", "tls://")):
+        raise InvalidInput(f"FERRY_NATS_URL={urls}: must start with nats:// or tls://")
+    for url in parts(urls):
+        check_address(url, "FERRY_NATS_URL")
+
+
+def _check_redis_url(url: str) -> None:
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise InvalidInput(f"FERRY_REDIS_URL={url}: must start with redis:// or rediss://")
+    check_address(url, "FERRY_REDIS_URL")
+    read = urlsplit(url)
+    if read.scheme != "unix" and not _DATABASE.fullmatch(read.path):
+        raise InvalidInput("FERRY_REDIS_URL is malformed: after the host comes the number of a database, e.g. /0")
 
 
 # A wait must outlive what it waits for, or a live step is taken for a dead one (Dapr #9897, Akka #29711).

@@ -5,13 +5,30 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import click
 from celery import Celery, signals
 
-from routing.logs import configure_logging
+from routing.errors import InvalidInput
+from routing.logs import choices, configure_logging
 from routing.settings import Settings
+from workflows.command_line import WRONG_USAGE
 from workflows.flower_page import show_in_flower
 
-settings = Settings.load()
+
+def _load_settings() -> Settings:
+    """A mistake in them ends the command `celery` with one line; for whoever imports this, it is InvalidInput."""
+    try:
+        choices()  # or Celery would find out in the middle of its start
+        return Settings.load()
+    except InvalidInput as error:
+        command = click.get_current_context(silent=True)
+        if command is None or command.find_root().command.name != "celery":
+            raise
+        click.echo(f"ferry: {error}", err=True)
+        raise SystemExit(WRONG_USAGE) from error
+
+
+settings = _load_settings()
 
 app = Celery("ferry", broker=settings.redis_url, include=["workflows.migration"])
 

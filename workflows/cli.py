@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from routing.address import ActorId
-from routing.errors import InvalidInput, PermanentError, Unavailable
+from routing.errors import FerryError, InvalidInput, PermanentError, Unavailable
 from routing.settings import Settings
 from routing.subjects import unit_in_words
 from workflows import presentation as show
@@ -34,6 +34,7 @@ from workflows.records import MigrationStatus, Move, to_document
 
 if TYPE_CHECKING:
     from routing.link import Link
+    from runtime.actor import ActorClasses
     from runtime.node import Node
     from workflows.coordinator import Coordinator
     from workflows.session import Session
@@ -99,11 +100,10 @@ def node(node_id: str | None, actors: tuple[str, ...], weight: float, role: str)
 
 
 async def _run_node(settings: Settings, weight: float, role: str, stopping: asyncio.Event) -> None:
-    from runtime.actor import ActorClasses
     from runtime.node import Node
     from workflows.foreground import connect_patiently
 
-    classes = ActorClasses.load(settings.actors)
+    classes = _actor_classes(settings.actors)
     name = f"ferry-node-{settings.node_id}"
     link = await connect_patiently(settings.nats_url, name=name, stopping=stopping)
     # State on its way has a connection of its own: a large one would hold up commands and the lease on this one.
@@ -112,6 +112,19 @@ async def _run_node(settings: Settings, weight: float, role: str, stopping: asyn
         return
     process = Node(settings, link=link, transfer_link=transfer, classes=classes, weight=weight, role=role)
     await _serve(process, link, settings, stopping)
+
+
+def _actor_classes(modules: tuple[str, ...]) -> ActorClasses:
+    """Raises InvalidInput whatever a module raises while it is imported."""
+    from runtime.actor import ActorClasses
+    from workflows.local.actor_modules import fault_of
+
+    try:
+        return ActorClasses.load(modules)
+    except FerryError:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"--actors {','.join(modules)}: {fault_of(error)}") from error
 
 
 @cli.command()

@@ -43,7 +43,8 @@ class Failure(click.ClickException):
                 return cls(str(error), FAILED, speaker="Rejected")  # the actor's answer, no fault of the tool
             case FerryError():
                 return cls(str(error), FAILED)
-        return cls(f"internal error: {type(error).__name__}: {error} (ferry --debug ... shows where)", FAILED)
+        said = " ".join(str(error).split())
+        return cls(f"internal error: {type(error).__name__}: {said} (ferry --debug ... shows where)", FAILED)
 
 
 class FerryGroup(click.Group):

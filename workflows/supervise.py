@@ -29,10 +29,12 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from routing.errors import FerryError
+from workflows.local.claim import make_data_folder
 from workflows.local.probe import address_of, answers
 from workflows.local.process import process_exists, spawn
 
@@ -48,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, run the line, and return the exit status."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        with Signals() as signals:
+            return Line(options, signals).run()
     except FerryError as error:
         return _complain(str(error), _WRONG_USAGE)
-    with Signals() as signals:
-        return Line(options, signals).run()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,9 +203,10 @@ class Users:
     """Who still needs the servers: a shared file lock each, which the kernel takes back however its holder ends."""
 
     def __init__(self) -> None:
-        folder = os.environ.get("FERRY_DATA_DIR") or ".ferry"
-        os.makedirs(folder, exist_ok=True)
-        self._lock = open(os.path.join(folder, "users.lock"), "ab")  # noqa: SIM115 - held until the process ends
+        """Raises InvalidInput when the data folder cannot be used."""
+        folder = Path(os.environ.get("FERRY_DATA_DIR") or ".ferry")
+        make_data_folder(folder)
+        self._lock = open(folder / "users.lock", "ab")  # noqa: SIM115 - held until the process ends
 
     def join(self) -> None:
         """Count this process as a user until it ends."""

@@ -18,7 +18,7 @@ import pytest
 from routing.errors import InvalidInput
 from tests.integration.waiting import ended, until
 from workflows.local.probe import answers
-from workflows.supervise import parse
+from workflows.supervise import main, parse
 
 _PROJECT = Path(__file__).parents[2]
 
@@ -218,6 +218,20 @@ def test_a_command_that_does_not_exist_is_one_clear_line(lines: Lines) -> None:
     assert line.wait(20) == 127
     assert line.stderr is not None
     assert line.stderr.read() == "supervise: no-such-program is no program: correct the line\n"
+
+
+def test_a_data_folder_that_is_none_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong usage, so nobody tries again."""
+    (tmp_path / "data").write_text("")
+    monkeypatch.setenv("FERRY_DATA_DIR", str(tmp_path / "data"))
+
+    assert main(["--linger", "1", "--", "true"]) == 2
+
+    said = capfd.readouterr().err
+    assert said.startswith(f"supervise: data folder {tmp_path / 'data'} cannot be used")
+    assert said.count("\n") == 1
 
 
 def test_a_command_that_will_not_stop_is_killed(lines: Lines) -> None:

@@ -168,6 +168,21 @@ def test_actor_modules_that_no_node_could_load_are_refused_before_anything_start
     assert not (tmp_path / ".ferry").exists()
 
 
+@pytest.mark.parametrize("servers", ["embedded", "given"])
+@pytest.mark.parametrize("inside", ["", "inside"])
+def test_a_data_folder_that_is_none_is_refused(
+    tmp_path: Path, servers: str, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a file, or in one; also when no server of ours would write there."""
+    (tmp_path / "data").write_text("")
+    if servers == "given":
+        monkeypatch.setenv("FERRY_NATS_URL", f"nats://127.0.0.1:{free_port()}")
+        monkeypatch.setenv("FERRY_REDIS_URL", f"redis://127.0.0.1:{free_port()}")
+
+    with pytest.raises(InvalidInput, match="it is no folder, or is not in one"):
+        run_up(1, tmp_path / "data" / inside)
+
+
 TOLD = "$FERRY_ACTORS $FERRY_NATS_URL $FERRY_REDIS_URL $FERRY_FLOWER_PORT $FERRY_LOG_LEVEL $FERRY_CLUSTER"
 
 

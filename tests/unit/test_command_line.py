@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from workflows.progress import StillRunning
 from workflows.records import STEPS, MigrationPlan, MigrationStatus, Move, advance, to_document
 from workflows.status import HeldLock, Status, problems, to_json
 
+_PROJECT = Path(__file__).parents[2]
 READING = {"status", "doctor", "where", "send", "migrations", "migration", "plan", "demo"}
 
 
@@ -118,6 +121,40 @@ def test_every_mistake_in_the_settings_is_named(nowhere: None, monkeypatch: pyte
     assert result.exit_code == 2
     assert "FERRY_SHARDS=0" in result.stderr
     assert "FERRY_REPLICAS=2" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["def (", "raise RuntimeError('no licence\\nfound')", "1 / 0"])
+@pytest.mark.usefixtures("nowhere")
+def test_an_actor_module_that_cannot_be_loaded_is_one_line(tmp_path: Path, module: str) -> None:
+    """Whatever it raises, it is the module's fault and no internal error."""
+    name = f"broken_{abs(hash(module))}"
+    (tmp_path / f"{name}.py").write_text(module)
+
+    result = ferry("node", "--id", "a", "--actors", name)
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"ferry: --actors {name}: ")
+    assert "while it was imported: " in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FERRY_SHARDS", "0"), ("FERRY_LOG", "loud")])
+@pytest.mark.parametrize("command", [["-m", "celery", "-A", "workflows", "worker"], ["-c", "import workflows.app"]])
+def test_a_mistake_in_the_settings_ends_celerys_command_with_one_line(
+    command: list[str], variable: str, value: str, tmp_path: Path
+) -> None:
+    """Exit code 2, which is not started again. A program that imports the app gets the error itself."""
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False,
+        env={**os.environ, variable: value, "PYTHONPATH": str(_PROJECT)},
+    )  # fmt: skip
+
+    line = ended.stderr.splitlines()[-1]
+    if "celery" in command:
+        assert (ended.returncode, ended.stderr) == (2, f"{line}\n")
+        assert line.startswith(f"ferry: {variable}={value}: ")
+    else:
+        assert line.startswith(f"routing.errors.InvalidInput: {variable}={value}: ")
 
 
 @pytest.mark.usefixtures("nowhere")

@@ -179,6 +179,41 @@ def test_variables_are_those_of_the_file_and_of_the_environment_which_wins(
     assert variables() == {"FERRY_FLOWER_PORT": "5556", "FERRY_LOG": "console"}
 
 
+@pytest.mark.parametrize(
+    ("setting", "url", "said"),
+    [
+        ("nats_url", "nats://127.0.0.1:port", "its port must be a number"),
+        ("nats_url", "nats://a:4222, tls://b:65536", "its port must be a number"),
+        ("nats_url", "nats://me:sec/ret@a:4222", "in a password write / as %2F"),
+        ("nats_url", "nats://me:sec[ret@a:4222", "write [ as %5B"),
+        ("redis_url", "redis://127.0.0.1:port/0", "its port must be a number"),
+        ("redis_url", "redis://:secret@127.0.0.1/production", "the number of a database"),
+        ("redis_url", "rediss://127.0.0.1:6379/-1", "the number of a database"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused_without_its_password(setting: str, url: str, said: str) -> None:
+    """Before anything connects: clients take it for another place, or end in the middle of their start."""
+    with pytest.raises(InvalidInput) as refusal:
+        Settings(**dict[str, Any]({setting: url}))
+
+    assert str(refusal.value).startswith(f"FERRY_{setting.upper()} is malformed: ")
+    assert said in str(refusal.value)
+    assert "sec" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "url"),
+    [
+        ("nats_url", "nats://a, b:4222, tls://me:secret@[::1]:4222,"),
+        ("redis_url", "redis://"), ("redis_url", "redis://127.0.0.1"), ("redis_url", "redis://127.0.0.1:6379/"),
+        ("redis_url", "rediss://:secret@h:1/15?ssl_cert_reqs=none"), ("redis_url", "unix:///run/redis.sock?db=1"),
+    ],
+)  # fmt: skip
+def test_a_url_may_leave_out_what_has_a_default(setting: str, url: str) -> None:
+    """Port, database and host, as the clients below understand it."""
+    assert getattr(Settings(**dict[str, Any]({setting: url})), setting) == url
+
+
 def test_an_override_is_checked_like_everything_else() -> None:
     """A mistake on the command line is a mistake."""
     with pytest.raises(InvalidInput, match="FERRY_SHARDS"):

@@ -15,12 +15,13 @@ _LOAD = """
 import sys
 from routing.errors import FerryError
 from runtime.actor import ActorClasses
+from workflows.local.actor_modules import fault_of
 try:
     ActorClasses.load(sys.argv[1:])
 except FerryError as error:
     sys.exit(str(error).removeprefix("--actors "))
 except Exception as error:
-    sys.exit(f"{type(error).__name__} while it was imported: {' '.join(str(error).split())}")
+    sys.exit(fault_of(error))
 """
 
 
@@ -35,3 +36,8 @@ def check_actor_modules(modules: Sequence[str]) -> None:
     if ended.returncode:
         fault = (ended.stderr.strip().splitlines() or [f"its import ended with status {ended.returncode}"])[-1]
         raise InvalidInput(f"FERRY_ACTORS={','.join(modules)}: {fault}")
+
+
+def fault_of(error: Exception) -> str:
+    """What a module raised, whatever that was, as one line."""
+    return f"{type(error).__name__} while it was imported: {' '.join(str(error).split())}"

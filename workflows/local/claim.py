@@ -14,6 +14,14 @@ _FREED_WITHIN_S = 5.0  # servers of an owner killed with SIGKILL die with it, bu
 _LOOK_EVERY_S = 0.02
 
 
+def make_data_folder(data_dir: Path) -> None:
+    """Make it unless it is there. Raises InvalidInput when it cannot be one, a file for instance."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
+
+
 class Claim:
     """An exclusive lock on `<data_dir>/<server>.lock`, a file that also names the owner's process id.
 
@@ -22,10 +30,13 @@ class Claim:
     """
 
     def __init__(self, data_dir: Path, server: str) -> None:
-        """Take the lock. Raises InvalidInput naming the owner when another live process has it."""
-        data_dir.mkdir(parents=True, exist_ok=True)
+        """Take the lock. Raises InvalidInput when the folder cannot be used, or another live process has it."""
+        make_data_folder(data_dir)
         self._path = data_dir / f"{server}.lock"
-        self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unusable(data_dir, error) from error
         try:
             self._take(server)
         except BaseException:
@@ -54,3 +65,9 @@ class Claim:
                         "stop that, or choose another folder with FERRY_DATA_DIR"
                     ) from None
                 time.sleep(_LOOK_EVERY_S)
+
+
+def _unusable(data_dir: Path, error: OSError) -> InvalidInput:
+    no_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "it is no folder, or is not in one" if no_folder else error.strerror
+    return InvalidInput(f"data folder {data_dir} cannot be used ({reason}): choose another one with FERRY_DATA_DIR")

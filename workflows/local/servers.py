@@ -67,8 +67,8 @@ class EmbeddedServers:
     def start(self) -> EmbeddedServers:
         """Start both and return when both answer.
 
-        Raises InvalidInput when another live process uses the folder, Incompatible when a server is not installed,
-        Unavailable with the end of its log when one dies or stays silent; then nothing runs.
+        Raises InvalidInput when the folder cannot be used, or another live process uses it, Incompatible when a server
+        is not installed, Unavailable with the end of its log when one dies or stays silent; then nothing runs.
         """
         if self._claims:
             raise NotApplicable(f"the servers of {self.data_dir} already run: stop them first")

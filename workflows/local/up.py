@@ -16,7 +16,7 @@ from typing import TextIO
 from routing.errors import InvalidInput
 from routing.settings import Settings, variables
 from workflows.local.actor_modules import check_actor_modules
-from workflows.local.claim import Claim
+from workflows.local.claim import Claim, make_data_folder
 from workflows.local.probe import free_port, port_is_free
 from workflows.local.ready import EXAMPLE, say_when_ready
 from workflows.local.servers import announce, check_port, withdraw
@@ -41,8 +41,8 @@ def run_up(
     within a second and stop by themselves.
 
     Must be called on the main thread, where signals arrive. Raises InvalidInput for a bad number of nodes, for actor
-    modules that no node could load, for what is no port, and when another live process uses the data folder;
-    Unavailable when Flower's port is in use. Nothing was started then.
+    modules that no node could load, for what is no port, and when the data folder cannot be used, or another live
+    process uses it; Unavailable when Flower's port is in use. Nothing was started then.
     """
     if not 1 <= nodes <= _MOST_NODES:
         raise InvalidInput(f"--nodes {nodes}: use 1 to {_MOST_NODES}")
@@ -56,7 +56,7 @@ def run_up(
     embedded = {name for name, url in (("nats", nats_url), ("redis", redis_url)) if not url}
     for server in sorted(embedded):
         Claim(folder, server).release()  # the server takes it; here only to fail early, and with a clear reason
-    folder.mkdir(parents=True, exist_ok=True)
+    make_data_folder(folder)
 
     nats_url = nats_url or f"nats://127.0.0.1:{_port_near(4222)}"
     redis_url = redis_url or f"redis://127.0.0.1:{_port_near(6379)}/0"
