@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import sys
 import time
@@ -64,10 +65,10 @@ class Report:
 def run(flights: Path | None, rate: float | None, as_json: bool) -> int:
     """Run the demo; 0 when every aircraft's totals are right and every record is terminal, else 1.
 
-    Raises InvalidInput for an unreadable file, Unavailable when a process does not start.
+    Raises InvalidInput for an unreadable file and a rate that is none, Unavailable when a process does not start.
     """
-    if rate is not None and rate <= 0:
-        raise InvalidInput(f"rate {rate:g}: must be more than 0 flights a second")
+    if rate is not None and not 0 < rate < math.inf:
+        raise InvalidInput(f"rate {rate:g}: must be finite and more than 0 flights a second")
     rows = read_flights(flights or january())
     data_dir = Path(DEFAULT_DATA_DIR) / f"demo-{time.time_ns():x}"
     console = Console(stderr=as_json)

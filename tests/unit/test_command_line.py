@@ -27,7 +27,7 @@ from routing.logs import configure_logging
 from routing.membership import Member, NodeState
 from routing.shard_map import Ownership
 from routing.subjects import actor_key
-from workflows import presentation
+from workflows import demo, presentation
 from workflows.cli import cli
 from workflows.command_line import Failure, FerryGroup, parse_arguments
 from workflows.doctor import Finding, Verdict, _replicas
@@ -78,6 +78,10 @@ def ferry(*arguments: str) -> Result:
         (["node", "--id", "a", "--actors", "examples.flights", "--weight", "0"], "--weight"),
         (["up", "--nodes", "0"], "--nodes"),
         (["demo", "--flights", "no-such-file.csv.gz"], "no-such-file"),
+        (["demo", "--rate", "nan"], "--rate"),
+        (["demo", "--rate", "inf"], "--rate"),
+        (["demo", "--rate", "-1"], "--rate"),
+        (["demo", "--rate", "1e999"], "--rate"),
     ],
 )
 @pytest.mark.usefixtures("nowhere")
@@ -90,6 +94,15 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], said: str
     assert result.stderr.startswith("ferry: ")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_demo_at_a_rate_that_is_none_starts_nothing(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pause between flights, or with one without end, nothing would be shown."""
+    monkeypatch.setattr(demo, "LocalCluster", None)
+
+    with pytest.raises(InvalidInput, match="rate"):
+        demo.run(None, rate, as_json=False)
 
 
 @pytest.mark.parametrize(
