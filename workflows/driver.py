@@ -10,14 +10,15 @@ What the steps do, and why they may be repeated, is in workflows/migration.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import structlog
 
-from routing.errors import FerryError, InDoubt, NotApplicable, PermanentError, TransientError, WrongSequence
+from routing.errors import FerryError, InDoubt, NotApplicable, PermanentError, Timeout, TransientError, WrongSequence
 from workflows.ahead import Ahead
 from workflows.context import SAVE_ATTEMPTS, StepContext
 from workflows.records import STEPS, TERMINAL, Move, in_a_new_chain
@@ -28,6 +29,7 @@ STEP_RETRIES = (
     4  # then the move rolls back; with the back-off of its tasks that is 1.5 to 3 s, well within the pause lease
 )
 ERROR_CHARACTERS = 500  # of a refusal on record: every save and every event of the move repeats it
+GRACE_S = 0.5  # while actors stand still; far more than moves of one convoy are apart when nothing is wrong
 BEHIND_S = (0.005, 0.02)  # steps are recorded while the chain is handed on: another worker may have to wait a moment
 
 Act = Callable[[StepContext, Move], Awaitable[Move]]
@@ -158,17 +160,13 @@ class Driver:
         """Take one step of every move of a convoy; returns those that cannot go on with the others.
 
         What may pass is raised while no move has taken the step, and then all are tried again. Once one has, its actors
-        would stand still for the tries of the others: those leave the convoy.
+        would stand still for the tries of the others: those leave the convoy, and soon, for one try of a pause lasts
+        as long as handlers may.
         """
-        outcomes = await asyncio.gather(
-            *(self.take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids),
-            return_exceptions=True,
+        outcomes = await _together(
+            self.take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids
         )
-        errors = {
-            move_id: error
-            for move_id, error in zip(move_ids, outcomes, strict=True)
-            if isinstance(error, BaseException)
-        }
+        errors = {move_id: error for move_id, error in zip(move_ids, outcomes, strict=True) if error is not None}
         for error in errors.values():
             if not isinstance(error, (PermanentError, TransientError, InDoubt)):
                 raise error
@@ -221,6 +219,24 @@ class Driver:
                 await context.ask_through(move.source, "precopy", replace(move, epoch=entry.ownership.epoch))
             except (PermanentError, TransientError, InDoubt, WrongSequence) as error:
                 log.info("not copied ahead", move=move_id, error=str(error))
+
+
+async def _together(tries: Iterable[Coroutine[Any, Any, None]]) -> list[BaseException | None]:
+    """What each try has raised, None where it has passed. Once one has, the others have GRACE_S left: Timeout then."""
+    tasks = [asyncio.create_task(one) for one in tries]
+    try:
+        waiting, left_s = set(tasks), None
+        while waiting and left_s is None:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            left_s = GRACE_S if any(not task.cancelled() and task.exception() is None for task in done) else None
+        if waiting:
+            await asyncio.wait(waiting, timeout=left_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    late = Timeout(f"it takes more than {GRACE_S:g} s longer than others in its chain")
+    return [late if task.cancelled() else task.exception() for task in tasks]
 
 
 def _before(step: Step) -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -21,7 +21,7 @@ from tests.unit.virtual_time import clock, until, virtually, wall_clock
 from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission
 from workflows.context import StepContext
-from workflows.driver import STEP_RETRIES, Parted
+from workflows.driver import GRACE_S, STEP_RETRIES, Parted
 from workflows.records import STEPS, MigrationStatus, Move
 
 SHARDS = 8
@@ -206,12 +206,14 @@ STEP, TASK = migration.CHAIN[3], "convoy's send"
 
 
 async def together(
-    monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int = 0, shelf: Shelf | None = None
-) -> tuple[Parted, list[str]]:
-    """(who cannot go on, who took the step) of three moves, those in `errors` failing."""
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int = 0, shelf: Shelf | None = None,
+    slow: Mapping[str, float] | None = None,
+) -> tuple[Parted, list[str]]:  # fmt: skip
+    """(who cannot go on, who took the step) of three moves; those in `errors` fail, those in `slow` take so long."""
     shelf, taken = shelf or await three(), []
 
     async def take(step: Any, context: Any, move_id: str, attempt: int, *, convoy_task: str) -> None:
+        await asyncio.sleep((slow or {}).get(move_id, 0.0))
         if move_id in errors:
             raise errors[move_id]
         taken.append(move_id)
@@ -307,6 +309,29 @@ async def test_a_move_whose_record_cannot_be_written_stays_in_its_convoy() -> No
 
 
 @virtually
+async def test_a_move_that_takes_longer_than_the_others_leaves_them() -> None:
+    """Those that have taken the step wait for it a moment, not for as long as its try may last."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shelf, began_s = await three(), clock()
+
+        parted, taken = await together(monkeypatch, {}, slow={"m1": 2 * GRACE_S, "m2": GRACE_S / 2}, shelf=shelf)
+
+        assert (parted.lost, [move.id for move in parted.behind], taken) == ([], ["m1"], ["m0", "m2"])
+        assert clock() - began_s == pytest.approx(GRACE_S)
+
+
+@virtually
+async def test_nobody_is_hurried_while_none_has_taken_the_step() -> None:
+    """What stands still then stands still for its own sake."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        slow = {"m0": 2 * GRACE_S, "m1": 2.5 * GRACE_S, "m2": 2.9 * GRACE_S}
+
+        parted, taken = await together(monkeypatch, {}, slow=slow)
+
+    assert (parted.lost, parted.behind, taken) == ([], [], ["m0", "m1", "m2"])
+
+
+@virtually
 async def test_a_bug_in_one_step_is_not_taken_for_an_outcome() -> None:
     """Only the error tree is handled: anything else ends the task, and its errback rolls all back."""
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyError):
@@ -315,7 +340,7 @@ async def test_a_bug_in_one_step_is_not_taken_for_an_outcome() -> None:
 
 @virtually
 async def test_one_slow_handler_does_not_hold_up_the_other_shards_of_its_convoy() -> None:
-    """They commit when its pause has failed once, long before their pause leases run out; it follows alone."""
+    """They go on without it before its first try is over; it follows alone."""
     async with cluster("a", "b", shards=3, precopy_from_bytes=10**9) as small:
         # given a convoy of three shards, and a handler in the first that does not end
         keys = small.keys_of_shards()
@@ -340,7 +365,7 @@ async def test_one_slow_handler_does_not_hold_up_the_other_shards_of_its_convoy(
         await until(lambda: [shelf.stored[name].status for name in ("m1", "m2")] == [MigrationStatus.COMPLETED] * 2)
 
         # then only the first is still about to be paused
-        assert clock() - began_s < small.settings.drain_handlers_s + 1
+        assert clock() - began_s < 2 * GRACE_S < small.settings.drain_handlers_s
         assert shelf.stored["m0"].status is MigrationStatus.PLANNED
         assert await small.send(keys[1], "read") == [0]
 
