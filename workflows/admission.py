@@ -82,8 +82,10 @@ class Admission:
 
     async def _learn(self) -> None:
         """Read how long the moves that ended stood still, as far as their records tell already."""
-        for move_id in list(self._ended):
-            move = await self._store.move(move_id)
+        ended = list(self._ended)
+        found = {move.id: move for move in await self._store.moves_named(ended)} if ended else {}
+        for move_id in ended:
+            move = found.get(move_id)
             if move is not None and move.status not in TERMINAL:
                 continue
             known = self._ended.pop(move_id, 0) is None  # or the lead was lost meanwhile

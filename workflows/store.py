@@ -186,10 +186,15 @@ class RecordStore:
         return found[: max(limit, 0)]
 
     @many_trips
+    async def moves_named(self, ids: Sequence[str]) -> list[Move]:
+        """Those of the moves that are stored, in the order of `ids`; as many as BATCH in one round trip."""
+        return [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
+
+    @many_trips
     async def unfinished_moves(self) -> list[Move]:
         """Every move that is not terminal, oldest first: what a new leader has to drive on."""
         ids = await self._unfinished()
-        found = [move for batch in _batches(ids, BATCH) for move in await self._moves(batch)]
+        found = await self.moves_named(ids)
         return sorted(found, key=lambda move: (move.created_at, move.id))
 
     @many_trips

@@ -11,6 +11,7 @@ from routing.errors import InvalidInput
 from tests.integration.stored import COMPLETED, FAILED, PLANNED, created, ended, ids, rows
 from workflows.records import ActorMigration
 from workflows.store import PAGE, RecordStore
+from workflows.store_saves import BATCH
 
 
 async def test_moves_are_found_newest_first_by_plan_and_status(store: RecordStore) -> None:
@@ -26,6 +27,15 @@ async def test_moves_are_found_newest_first_by_plan_and_status(store: RecordStor
     assert await store.moves("p1", status=FAILED) == []
     assert await store.moves("nobody") == []
     assert await store.moves(limit=0) == []
+
+
+async def test_moves_are_found_by_their_ids(store: RecordStore) -> None:
+    """In that order, without those that are not stored, however many."""
+    stored = await created(store, BATCH + 2, "p1", 100.0)
+    asked = [move.id for move in reversed(stored)]
+
+    assert ids(await store.moves_named(["nobody", *asked])) == asked
+    assert await store.moves_named([]) == []
 
 
 async def test_migrations_are_found_by_everything_a_user_may_give(store: RecordStore) -> None:

@@ -130,6 +130,9 @@ class Shelf:
     async def move(self, move_id: str) -> Move | None:
         return await self._trip(lambda: self.moves_by_id.get(move_id))
 
+    async def moves_named(self, ids: Sequence[str]) -> list[Move]:
+        return await self._trip(lambda: [self.moves_by_id[name] for name in ids if name in self.moves_by_id])
+
     async def moves(
         self, plan_id: str | None = None, limit: int = 100, status: MigrationStatus | None = None
     ) -> list[Move]:

@@ -48,6 +48,10 @@ class Shelf:
         await asyncio.sleep(0)
         return self.stored.get(move_id)
 
+    async def moves_named(self, ids: Collection[str]) -> list[Move]:
+        await asyncio.sleep(0)
+        return [self.stored[move_id] for move_id in ids if move_id in self.stored]
+
     async def moves(self, plan_id: str | None = None, limit: int = 100) -> list[Move]:
         return [move for move in self.stored.values() if move.plan_id == plan_id][:limit]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -189,16 +189,41 @@ async def test_what_is_read_of_ended_moves_while_the_lead_is_lost_is_nobodys() -
         await desk.add(moves(2))
         await desk.admission.admit(("a", "b"))
         await desk.ended("m0", 5.0)
-        read = desk.shelf.move
+        read = desk.shelf.moves_named
 
-        async def read_late(move_id: str) -> Move | None:
+        async def read_late(ids: Collection[str]) -> list[Move]:
             desk.admission.forget_all()
-            return await read(move_id)
+            return await read(ids)
 
-        desk.shelf.move = read_late  # type: ignore[method-assign]
+        desk.shelf.moves_named = read_late  # type: ignore[method-assign]
         await desk.admission._learn()
 
         assert desk.admission._room == ROOM_MOST
+
+
+@virtually
+async def test_ended_moves_are_read_together() -> None:
+    """One question for all that have ended, none when none has: a launch must not wait for a round trip of each."""
+    async with cluster("a", "b", shards=SHARDS) as small:
+        desk = Desk(small, moves_per_chain=4, moves_at_once=2)
+        await desk.add(moves(SHARDS))
+        await desk.admission.admit(("a", "b"))
+        asked: list[list[str]] = []
+        read, desk.shelf.move = desk.shelf.moves_named, None  # type: ignore[assignment,method-assign]
+
+        async def read_together(ids: Collection[str]) -> list[Move]:
+            asked.append([*ids])
+            return await read(ids)
+
+        desk.shelf.moves_named = read_together  # type: ignore[method-assign]
+        await desk.admission.admit(("a", "b"))
+        for name in ("m0", "m1", "m2"):
+            await desk.ended(name, 5.0)
+        await desk.admission.admit(("a", "b"))
+        await desk.admission.admit(("a", "b"))
+
+        assert asked == [["m0", "m1", "m2"]]
+        assert desk.admission._room < ROOM_MOST
 
 
 # -- taking a step together --------------------------------------------------------------------------------------------
