@@ -358,10 +358,12 @@ def drain(node_id: str, wait: bool, timeout_s: float, as_json: bool) -> None:
 async def _drain(settings: Settings, node_id: str, wait: bool, timeout_s: float, as_json: bool) -> None:
     from workflows.progress import emptied
     from workflows.session import open_session
+    from workflows.words import counted_units
 
     async with open_session(settings) as session:
         await session.follow()
         session.node(node_id)
+        units = counted_units(session.owned_by(node_id))
         answer = await session.ask_node(node_id, "drain")
         if wait:
             with show.progress(f"draining {node_id}", quiet=as_json) as bar:
@@ -371,9 +373,9 @@ async def _drain(settings: Settings, node_id: str, wait: bool, timeout_s: float,
     if as_json:
         show.print_json({"node": node_id, "state": "drained" if left == 0 else answer["state"], "shards": left})
     elif left == 0:
-        click.echo(f"node {node_id} is empty: {show.counted(answer['shards'], 'shard')} moved away, safe to stop")
+        click.echo(f"node {node_id} is empty: {units} moved away, safe to stop")
     else:
-        click.echo(f"node {node_id} drains: {show.counted(left, 'shard')} to go; `ferry status` shows how far it is")
+        click.echo(f"node {node_id} drains: {units} to go; `ferry status` shows how far it is")
         if suspended:
             click.echo("rebalancing is suspended: nothing moves until `ferry resume`")
 

@@ -36,6 +36,7 @@ from workflows.lookup import steps
 from workflows.progress import StillRunning
 from workflows.records import STEPS, MigrationPlan, MigrationStatus, Move, advance, to_document
 from workflows.status import HeldLock, Status, problems, to_json
+from workflows.words import counted_units
 
 _PROJECT = Path(__file__).parents[2]
 READING = {"status", "doctor", "where", "send", "migrations", "migration", "plan", "demo"}
@@ -389,6 +390,13 @@ def test_a_finding_is_plain_json() -> None:
     finding = Finding(check="nats", verdict=Verdict.OK, found="here")
 
     assert json.loads(json.dumps(finding.to_json())) == {"check": "nats", "verdict": "ok", "found": "here", "mend": ""}
+
+
+def test_units_are_counted_by_what_they_are() -> None:
+    """As a node has them that drains: an actor apart is no shard."""
+    assert counted_units(["shard.1", "shard.2", PINNED]) == "2 shards and 1 actor"
+    assert counted_units([PINNED]) == "1 actor"
+    assert counted_units([]) == "0 shards"
 
 
 # -- records and values as people read them ----------------------------------------------------------------------------
