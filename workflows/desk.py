@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from routing import shard_map
 from routing.address import ActorId, shard_of
-from routing.errors import InvalidInput, NotApplicable, Unavailable, WrongSequence
+from routing.errors import InvalidInput, NotApplicable, Unavailable, UnknownActorType, WrongSequence
 from routing.jsonlike import shown
 from routing.link import Link
 from routing.subjects import SUSPENDED_KEY, Subjects, actor_key, actor_of_key, kv_subject, shard_key, unit_in_words
@@ -76,7 +76,7 @@ class Desk:
     async def migrate(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Move one shard, or one actor, which pins it. Answers `{"plan"}`: null when the actor was only pinned.
 
-        Raises InvalidInput for an unknown shard or node, NotApplicable when it cannot go there.
+        Raises InvalidInput for an unknown shard, node or actor type, NotApplicable when it cannot go there.
         """
         destination = self._taker(asked.get("destination"))
         if "actor" in asked:
@@ -95,8 +95,10 @@ class Desk:
     async def _pinned(self, destination: str, actor: ActorId) -> tuple[ActorId, str]:
         """Give an actor that is to go to `destination` a key of its own, unless it has one. Returns it and its owner.
 
-        Raises WrongSequence when the map has changed meanwhile, and what writing to it raises.
+        Raises UnknownActorType when that node could not have it, WrongSequence when the map has changed meanwhile, and
+        what writing to it raises.
         """
+        self._check_type(actor, destination)
         directory, key = self._coordinator.directory, actor_key(actor)
         own = await directory.refresh(key)  # read before its shard's key, as `take_out` wants it
         shard = directory.get(directory.shard_unit_of(actor))
@@ -162,6 +164,14 @@ class Desk:
         if node not in self._coordinator.takers():
             raise NotApplicable(f"node {node} lacks actor types of the nodes with shards: see `ferry status`")
         return node
+
+    def _check_type(self, actor: ActorId, node: str) -> None:
+        """Asked before it is pinned: its move could only roll back, and it would stay pinned."""
+        member = self._coordinator.membership.alive().get(node)
+        if member is not None and actor.actor_type not in member.types:
+            raise UnknownActorType(
+                f"actor type {actor.actor_type!r} is unknown to node {node}: it has {', '.join(member.types) or 'none'}"
+            )
 
     async def _move(
         self, unit: str, shard: int, source: str, destination: str, *, reason: str = "by hand"

@@ -218,6 +218,8 @@ def test_what_cannot_be_moved_is_refused_with_the_reason(cluster: Cluster) -> No
         ("migrate", shard, "--to", here["node"], "--wait"): (1, "nothing to move"),
         ("migrate", "aircraft/N3", "--to", here["node"]): (1, "nothing to move"),
         ("migrate", "aircraft", "--to", "a"): (2, "write TYPE/KEY"),
+        ("migrate", "nope/N3", "--to", "a"): (2, "actor type 'nope' is unknown to node a: it has aircraft"),
+        ("migrate", "nope/N3", "--to", "b"): (2, "actor type 'nope' is unknown to node b"),
         ("unpin", "aircraft/N3"): (1, "not pinned"),
         ("drain", "x"): (2, "nodes are a, b"),
         ("cancel", "p0"): (2, "'p0' is unknown"),
@@ -228,6 +230,7 @@ def test_what_cannot_be_moved_is_refused_with_the_reason(cluster: Cluster) -> No
         ended = cluster.ferry(*arguments)
         assert (ended.code, ended.error.count("\n")) == (code, 1), ended
         assert said in ended.error
+    assert not place(cluster, "nope/N3")["pinned"]
 
 
 def test_a_node_is_drained_and_then_stops_cleanly(cluster: Cluster) -> None:
