@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import sys
@@ -11,9 +12,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 import click
-import orjson
 
 from routing.errors import FerryError, InDoubt, InvalidInput, Rejected
+from routing.jsonlike import shown
 from routing.logs import configure_logging
 from routing.settings import Settings
 
@@ -135,6 +136,9 @@ POSITIVE = _Positive(min=0, min_open=True)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
+LEAST_INT, MOST_INT = -(2**63), 2**64 - 1  # of a message: the next one would arrive as a float near it
+
+
 def parse_arguments(given: tuple[str, ...]) -> dict[str, Any]:
     """`["distance=1400", "dest=ORD"]` -> `{"distance": 1400, "dest": "ORD"}`. Raises InvalidInput."""
     arguments: dict[str, Any] = {}
@@ -144,8 +148,32 @@ def parse_arguments(given: tuple[str, ...]) -> dict[str, Any]:
             raise InvalidInput(f"argument {text!r} is malformed: write KEY=VALUE, e.g. distance=1400")
         if name in arguments:
             raise InvalidInput(f"argument {name!r} is given twice: give it once")
-        try:
-            arguments[name] = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            arguments[name] = value
+        arguments[name] = _value(name, value)
     return arguments
+
+
+def _value(name: str, text: str) -> Any:
+    """What is written in JSON, else the text itself. Raises InvalidInput for a number that no message can carry."""
+    unfit: list[str] = []
+
+    def integer(digits: str) -> int:
+        if len(digits) > len(str(LEAST_INT)) or not LEAST_INT <= int(digits) <= MOST_INT:
+            unfit.append(digits)
+            return 0
+        return int(digits)
+
+    def fraction(digits: str) -> float:
+        if not math.isfinite(float(digits)):
+            unfit.append(digits)
+        return float(digits)
+
+    try:
+        value = json.loads(text, parse_int=integer, parse_float=fraction, parse_constant=unfit.append)
+    except (json.JSONDecodeError, RecursionError):
+        return text
+    if unfit:
+        raise InvalidInput(
+            f"argument {name!r} has {shown(unfit[0])}, which is no finite number of up to 64 bits: correct it, or write"
+            f" {name}='\"...\"' to send text"
+        )
+    return value

@@ -273,9 +273,42 @@ def test_values_that_are_json_arrive_as_json(arguments: dict[str, Any]) -> None:
 
 def test_values_that_are_not_json_arrive_as_text() -> None:
     """Nobody has to quote twice in a shell; what has quotes is JSON, and a value may contain =."""
-    given_ = ("dest=ORD", 'quoted="7"', "empty=", "formula=a=b")
+    given_ = (
+        "dest=ORD",
+        'quoted="7"',
+        "empty=",
+        "formula=a=b",
+        "film=Infinity War",
+        "code=007",
+        "list=[NaN",
+        "nan=nan",
+    )
 
-    assert parse_arguments(given_) == {"dest": "ORD", "quoted": "7", "empty": "", "formula": "a=b"}
+    assert parse_arguments(given_) == {
+        "dest": "ORD", "quoted": "7", "empty": "", "formula": "a=b", "film": "Infinity War", "code": "007",
+        "list": "[NaN", "nan": "nan",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", "-Infinity", "1e999", "[1, -1e999]", '{"a": NaN}', str(2**64), str(-(2**63) - 1), "9" * 5_000],
+)
+def test_a_number_that_no_message_carries_is_refused(value: str) -> None:
+    """It would arrive as text, or as another number."""
+    with pytest.raises(InvalidInput, match=r"argument 'item' has .* no finite number of up to 64 bits") as refusal:
+        parse_arguments((f"item={value}",))
+
+    assert len(str(refusal.value)) < 250
+    assert parse_arguments((f'item="{value.replace(chr(34), "")}"',))["item"] == value.replace('"', "")
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, -(2**63), 1.5, -1e308, [1.0, {"a": 0}]])
+def test_a_number_at_the_edge_arrives_as_it_is(value: Any) -> None:
+    """The largest and the smallest there are, and an int stays one."""
+    arrived = parse_arguments((f"item={json.dumps(value)}",))["item"]
+
+    assert (arrived, type(arrived)) == (value, type(value))
 
 
 # -- what status says --------------------------------------------------------------------------------------------------
