@@ -37,6 +37,8 @@ class ActorId(_Words):
 
     def __new__(cls, actor_type: str, key: str) -> ActorId:
         """Raises InvalidInput for anything else."""
+        if not (isinstance(actor_type, str) and isinstance(key, str)):
+            raise InvalidInput(f"actor type {shown(actor_type)} and key {shown(key)} are not both text: make them text")
         if not _NAME.fullmatch(actor_type):
             raise InvalidInput(
                 f"actor type {shown(actor_type)} is malformed: use lower-case letters, digits and _, e.g. aircraft"
@@ -59,6 +61,8 @@ class ActorId(_Words):
     @classmethod
     def parse(cls, text: str) -> ActorId:
         """Read `type/key`. Raises InvalidInput, naming the form, for anything else."""
+        if not isinstance(text, str):
+            raise InvalidInput(f"actor {shown(text)} is no text: write TYPE/KEY, e.g. aircraft/N14228")
         return _parsed(text)
 
     @classmethod

@@ -28,6 +28,7 @@ from routing.directory import Directory
 from routing.errors import InvalidInput, Unavailable
 from routing.handle import ActorHandle
 from routing.link import Link
+from routing.nats_url import check_servers
 from routing.router import DEFAULT_TIMEOUT_S, Router
 from routing.session import Session
 from routing.session_id import new_session_id
@@ -47,7 +48,12 @@ class Cluster:
 
     @classmethod
     def connect(cls, nats_url: str = DEFAULT_NATS_URL, *, cluster: str = "default") -> Cluster:
-        """Connects on entering the context. Raises Unavailable then when no server or no such cluster answers."""
+        """Connects on entering the context. Raises Unavailable then when no server or no such cluster answers.
+
+        Raises InvalidInput at once for what is no URL, or no name of a cluster.
+        """
+        check_servers(nats_url, "the URL of NATS")
+        Subjects(cluster)
 
         async def open_link() -> Link:
             from routing.nats_link import NatsLink  # the in-memory stand-in needs no nats-py

@@ -13,7 +13,15 @@ def parts(url: str) -> list[str]:
     return [part.strip() for part in url.split(",") if part.strip()]
 
 
-def check_address(url: str, setting: str) -> None:
+def check_servers(urls: str, called: str) -> None:
+    """Raises InvalidInput when these are no URLs of servers; `called` is what the message calls them."""
+    if not isinstance(urls, str) or not parts(urls):
+        raise InvalidInput(f"{called} names no server: write nats://HOST:PORT, several with commas")
+    for url in parts(urls):
+        check_address(url, called)
+
+
+def check_address(url: str, called: str) -> None:
     """Raises InvalidInput for a URL whose port is none, or that cannot be taken apart at all.
 
     The message does not repeat the URL, a part of which may be a password.
@@ -22,13 +30,11 @@ def check_address(url: str, setting: str) -> None:
         port_is_well = urlsplit(url).port != 0
     except ValueError as error:
         if "port" not in str(error).lower():
-            raise InvalidInput(
-                f"{setting} is malformed: in a user or a password write [ as %5B and ] as %5D"
-            ) from error
+            raise InvalidInput(f"{called} is malformed: in a user or a password write [ as %5B and ] as %5D") from error
         port_is_well = False
     if not port_is_well:
         raise InvalidInput(
-            f"{setting} is malformed: its port must be a number up to {_LAST_PORT} (in a password write / as %2F)"
+            f"{called} is malformed: its port must be a number up to {_LAST_PORT} (in a password write / as %2F)"
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import structlog
@@ -30,6 +30,7 @@ from routing.errors import (
     Timeout,
     Unavailable,
 )
+from routing.jsonlike import shown
 from routing.link import Link
 from routing.local import LATER, LocalNode
 from routing.subjects import Subjects, unit_in_words
@@ -39,7 +40,7 @@ log = structlog.get_logger("ferry.router")
 ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have died with it
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
-_FOREVER_S = math.inf
+LONGEST_S = 1e9  # thirty years: nobody waits longer, and the time after some more would not fit a message
 _NOTHING: dict[str, Any] = {}  # the arguments of a query that has none; nobody changes them
 TURN = 1_024  # questions to actors here, a millisecond or two, before others get their turn
 
@@ -82,7 +83,8 @@ class Router:
         command = (
             None if bare else self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
         )
-        if self._local is not None and not linearizable and 0 < timeout_s < _FOREVER_S:
+        if self._local is not None and not linearizable:
+            check_timeout(timeout_s)
             self._asked_here += 1
             if not 1 < self._asked_here <= TURN:
                 await self._turn()
@@ -219,9 +221,10 @@ class Router:
 
 
 def check_timeout(timeout_s: float) -> None:
-    """Raises InvalidInput for a time that nobody can wait."""
-    if not 0 < timeout_s < _FOREVER_S:
-        raise InvalidInput(f"timeout of {timeout_s} s: must be finite and greater than 0")
+    """Raises InvalidInput for what is no time, and for one that nobody can wait."""
+    is_number = type(timeout_s) is float or isinstance(timeout_s, Real)
+    if not is_number or not 0 < timeout_s < LONGEST_S:
+        raise InvalidInput(f"timeout of {shown(timeout_s)} s: must be a number greater than 0 and below {LONGEST_S:g}")
 
 
 class _Attempts:

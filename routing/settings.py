@@ -23,7 +23,7 @@ from environs import Env, EnvValidationError
 
 from routing.address import check_node_id
 from routing.errors import InvalidInput
-from routing.nats_url import check_address, parts
+from routing.nats_url import check_address, check_servers
 from routing.subjects import Subjects
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
@@ -198,8 +198,7 @@ def _range_problems(s: Settings) -> list[str]:
 def _check_nats_url(urls: str) -> None:
     if not urls.startswith(("nats://", "tls://")):
         raise InvalidInput(f"FERRY_NATS_URL={urls}: must start with nats:// or tls://")
-    for url in parts(urls):
-        check_address(url, "FERRY_NATS_URL")
+    check_servers(urls, "FERRY_NATS_URL")
 
 
 def _check_redis_url(url: str) -> None:

@@ -39,7 +39,7 @@ class Subjects:
     logs: int = 4
 
     def __post_init__(self) -> None:
-        if not _CLUSTER.fullmatch(self.cluster):
+        if not (isinstance(self.cluster, str) and _CLUSTER.fullmatch(self.cluster)):
             raise InvalidInput(f"cluster name {self.cluster!r} is malformed: use lower-case letters, digits, - and _")
 
     # -- messages between processes ------------------------------------------------------------------------------

@@ -9,9 +9,13 @@ import inspect
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, cast
 
 import pytest
 
+from routing.address import ActorId
 from routing.client import Cluster, SyncCluster, SyncSession
 from routing.errors import HandlerFailed, InDoubt, InvalidInput, Rejected, Unavailable, UnknownActorType, UnknownCommand
 from routing.link import Link
@@ -124,6 +128,78 @@ async def test_a_malformed_actor_is_invalid_input() -> None:
                 await client.get_actor_node(actor)
         with pytest.raises(InvalidInput):
             client.actor("ledger", "")
+
+
+NO_TIMEOUTS = [None, "5", [], Decimal(1), float("nan"), float("inf"), 0, -1.0, 10**400, 1e300]
+
+
+@virtually
+async def test_what_is_no_timeout_is_invalid_input() -> None:
+    """In one line, before anything is sent; for a query of an actor in the same process as well."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for timeout in cast("list[Any]", NO_TIMEOUTS):
+            session = client.session()
+            for asked in (
+                client.send_message("ledger/k", "write", {"entry": 1}, timeout=timeout),
+                session.send_message("ledger/k", "write", {"entry": 1}, timeout=timeout),
+                session.query("ledger/k", "read", timeout=timeout),
+                small.nodes["a"].node.router.send_message(ActorId("ledger", "k"), "read", timeout_s=timeout),
+            ):
+                with pytest.raises(InvalidInput, match=r"^timeout of .* s: must be a number") as refusal:
+                    await asked
+                assert len(str(refusal.value)) < 200
+
+        assert await client.actor("ledger", "k").read() == []
+
+
+@virtually
+async def test_any_number_that_can_be_waited_is_a_timeout() -> None:
+    """As it is for asyncio."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for timeout in cast("list[Any]", [1, 2.5, Fraction(1, 2), True, 1e8]):
+            assert await client.send_message("ledger/k", "read", timeout=timeout) == []
+
+
+@virtually
+async def test_an_actor_or_a_command_that_is_no_text_is_invalid_input() -> None:
+    """In one line, and not an error of Python from deep inside."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for odd in cast("list[Any]", [None, 5, b"ledger/k", ("ledger", "k"), ["ledger", "k"], {}]):
+            for asked in (
+                client.send_message(odd, "read"), client.get_actor_node(odd), client.send_message("ledger/k", odd),
+                client.session().send_message(odd, "write"), client.session().query(odd, "read"),
+            ):  # fmt: skip
+                with pytest.raises(InvalidInput):
+                    await asked
+            for actor_type, key in ((odd, "k"), ("ledger", odd)):
+                with pytest.raises(InvalidInput, match="are not both text"):
+                    client.actor(actor_type, key)
+
+
+@virtually
+async def test_arguments_that_are_no_dict_and_ids_that_are_no_text_are_invalid_input() -> None:
+    """As nodes would refuse them."""
+    async with cluster("a") as small, client_of(small.nats) as client:
+        for odd in cast("list[Any]", [5, 0, False, [], [("entry", 1)], "entry", b"entry", {1: 2}, {"entry": object()}]):
+            for sender in (client, client.session()):
+                with pytest.raises(InvalidInput):
+                    await sender.send_message("ledger/k", "write", odd)
+        for odd in cast("list[Any]", [5, 0, False, b"m-1", "", "m" * 129]):
+            with pytest.raises(InvalidInput):
+                await client.send_message("ledger/k", "write", {"entry": 1}, message_id=odd)
+
+        assert await client.actor("ledger", "k").read() == []
+
+
+@pytest.mark.parametrize("connect", [Cluster.connect, SyncCluster.connect])
+def test_what_names_no_server_or_no_cluster_is_invalid_input_at_once(connect: Any) -> None:
+    """Before there is a thread or a connection."""
+    for url in (None, 5, "", ",", ["nats://127.0.0.1:4222"], b"nats://127.0.0.1:4222", "nats://a:port", "nats://["):
+        with pytest.raises(InvalidInput, match="URL of NATS"):
+            connect(url)
+    for name in (None, 5, "", "has.dots", b"default"):
+        with pytest.raises(InvalidInput, match="cluster name"):
+            connect("nats://127.0.0.1:4222", cluster=name)
 
 
 @virtually
