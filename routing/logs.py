@@ -25,7 +25,8 @@ from routing.settings import variables
 LEVELS = ("debug", "info", "warning", "error", "critical")
 FORMATS = ("console", "json")
 
-_OF_EACH_SHARD = ("ferry.directory", "ferry.host")  # warnings and errors of theirs are shown at every level
+# Warnings and errors of theirs are shown at every level.
+_OF_EACH_SHARD = ("ferry.admission", "ferry.directory", "ferry.host")
 
 # What both kinds of messages get, those of structlog and those of the standard library.
 _SHARED: tuple[Any, ...] = (

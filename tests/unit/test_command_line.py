@@ -574,7 +574,7 @@ def own_logging() -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("ferry.directory", "ferry.host"):
+    for name in ("ferry.admission", "ferry.directory", "ferry.host"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     structlog.configure(**kept)
 
@@ -589,7 +589,8 @@ def test_logs_of_ours_and_of_libraries_look_the_same(tmp_path: Path, monkeypatch
     structlog.get_logger("ferry.test").info("node up", node="a")
     structlog.get_logger("ferry.test").debug("unseen")
     logging.getLogger("celery.test").warning("hello %s", "worker")
-    structlog.get_logger("ferry.directory").info("one of hundreds")
+    for name in ("ferry.directory", "ferry.host", "ferry.admission"):
+        structlog.get_logger(name).info("one of hundreds")
 
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [(line["logger"], line["level"], line["event"]) for line in lines] == [
