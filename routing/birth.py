@@ -8,15 +8,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import orjson
-import structlog
 
 from routing.errors import Incompatible, InDoubt, Timeout, Unavailable, WrongSequence
 from routing.jsonlike import shown
 from routing.link import Entry, Link, StreamSpec
+from routing.logs import get_logger
 from routing.settings import MAX_LOGS, MAX_SHARDS, Settings
 from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
 
-log = structlog.get_logger("ferry.birth")
+log = get_logger("ferry.birth")
 
 WIRE_VERSION = 1
 TIMEOUT_S = 10.0  # creating a replicated stream may take an election

@@ -9,17 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
-import structlog
-
 from routing import shard_map
 from routing.address import IDS_RECALLED, ActorId, NodeId, shard_of
 from routing.documents import decode_ownership, encode_ownership
 from routing.errors import InDoubt, InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.link import Entry, Link, Subscription
+from routing.logs import get_logger
 from routing.shard_map import Ownership
 from routing.subjects import Subjects, actor_key, actor_of_key, kv_stream, kv_subject, shard_key, shard_of_key
 
-log = structlog.get_logger("ferry.directory")
+log = get_logger("ferry.directory")
 
 CAS_ATTEMPTS = 8  # contenders for one key are few: source, worker, reconciler, coordinator
 

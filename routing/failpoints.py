@@ -19,11 +19,10 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-import structlog
-
 from routing.errors import InvalidInput, PermanentError, Unavailable
+from routing.logs import get_logger
 
-log = structlog.get_logger("ferry.failpoints")
+log = get_logger("ferry.failpoints")
 
 _ACTIONS = ("error", "unavailable", "kill", "stop")
 _COUNT = re.compile(r"[1-9][0-9]*")

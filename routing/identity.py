@@ -15,15 +15,14 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-import structlog
-
 from routing.birth import RETRY_S, Birth, decode_birth, found_or_join, last_birth
 from routing.errors import Incompatible, StreamMissing, Timeout, Unavailable
 from routing.link import Link
+from routing.logs import get_logger
 from routing.settings import Settings
 from routing.subjects import Subjects
 
-log = structlog.get_logger("ferry.identity")
+log = get_logger("ferry.identity")
 
 ANSWER_S = 1.0  # nothing is served meanwhile: rather ask again
 GONE_S = 3.0  # a NATS server that has just begun to lead others may not have read yet which streams there are

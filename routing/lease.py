@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import orjson
-import structlog
 
 from routing import jsonlike
 from routing.errors import InDoubt, InvalidInput, Timeout, Unavailable, WrongSequence
 from routing.link import Link
+from routing.logs import get_logger
 from routing.subjects import kv_stream, kv_subject
 
-log = structlog.get_logger("ferry.lease")
+log = get_logger("ferry.lease")
 
 TRUSTED_SHARE = 0.6  # of the time to live; the rest covers clock rate differences and a stopped process waking up
 RENEWALS_PER_LEASE = 5

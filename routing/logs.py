@@ -6,8 +6,11 @@
 
 Both are read from the environment or `.env`, as settings are.
 
-structlog renders, the standard library delivers: so Celery's and nats-py's own messages look like ours, and whoever
-embeds Ferry and never calls this keeps the logging they have.
+structlog renders, the standard library delivers: so Celery's and nats-py's own messages look like ours.
+
+An application that uses the client never calls `configure_logging` and keeps the logging it has: the client logs as
+structlog is configured there; when it is not, to the loggers `ferry.*` of the standard library. Unless told otherwise,
+these show warnings and errors on stderr, and nothing else. structlog by itself would show everything, on stdout.
 """
 
 from __future__ import annotations
@@ -35,6 +38,30 @@ _SHARED: tuple[Any, ...] = (
     structlog.stdlib.add_log_level,
     structlog.processors.StackInfoRenderer(),
 )
+
+
+def get_logger(name: str) -> Any:
+    """The logger of this name, for a module that applications import. It becomes one when something is logged."""
+    return _Logger(name)
+
+
+class _Logger:
+    """structlog's as it is configured; the standard library's while it is not."""
+
+    def __init__(self, name: str) -> None:
+        self._configured = structlog.get_logger(name)
+        self._plain = structlog.wrap_logger(
+            logging.getLogger(name),
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.contextvars.merge_contextvars,
+                _console(colors=False),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+        )
+
+    def __getattr__(self, method: str) -> Any:
+        return getattr(self._configured if structlog.is_configured() else self._plain, method)
 
 
 def configure_logging(default_level: str = "warning", *, path: str | None = None) -> None:
@@ -82,10 +109,14 @@ def _rendering(form: str, *, colors: bool) -> list[Any]:
     return [
         meta,
         structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False),
-        structlog.dev.ConsoleRenderer(
-            colors=colors, pad_event_to=24, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
-        ),
+        _console(colors=colors, pad_event_to=24),
     ]
+
+
+def _console(*, colors: bool, pad_event_to: int = 0) -> Any:
+    return structlog.dev.ConsoleRenderer(
+        colors=colors, pad_event_to=pad_event_to, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+    )
 
 
 def _chosen(given: Mapping[str, str], variable: str, default: str, known: tuple[str, ...]) -> str:

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import structlog
-
 from routing.address import check_node_id
 from routing.errors import InvalidInput
 from routing.jsonlike import shown
 from routing.lease import RENEWALS_PER_LEASE, boottime_s, decode_lease
 from routing.link import Entry, Link, Subscription
+from routing.logs import get_logger
 from routing.subjects import LEADER_KEY, Subjects, kv_stream, kv_subject
 
-log = structlog.get_logger("ferry.membership")
+log = get_logger("ferry.membership")
 
 OBSERVER_MARGIN_S = 1.0  # beyond the lease, before an observer calls a node dead
 # Of all nodes together, missed in a row: then it is the observer that does not hear. More than one, because one may be

@@ -25,16 +25,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import structlog
 from nats import errors as nats_errors
 
 from routing.errors import HANDLER_ERRORS, FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
+from routing.logs import get_logger
 from routing.nats_answers import Answers, Headed, Then
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
 from routing.nats_wire import HEADERS_BYTES, NotEncryptedError, Receive, WireClient
 
-log = structlog.get_logger("ferry.nats")
+log = get_logger("ferry.nats")
 
 MIN_SERVER_VERSION = (2, 12, 3)  # earlier ones lose acknowledged messages or lack per-message time to live
 PING_INTERVAL_S = 0.5  # with two pings unanswered a dead link is noticed in 1.5 s; a lease lasts 5 s by default

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
-import structlog
 
 from routing.errors import (
     HANDLER_ERRORS,
@@ -27,12 +26,13 @@ from routing.errors import (
     WrongSequence,
 )
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
+from routing.logs import get_logger
 from routing.nats_connection import NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_stored import entry_in_document, entry_in_message
 from routing.nats_watch import Watch
 
-log = structlog.get_logger("ferry.nats")
+log = get_logger("ferry.nats")
 
 MARKER_TTL_S = 86_400  # removal markers; a watcher cut off for longer than this misses an expiry
 MIN_TTL_S = 1  # JetStream's own minimum and granularity

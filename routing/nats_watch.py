@@ -10,15 +10,15 @@ import asyncio
 import uuid
 
 import orjson
-import structlog
 
 from routing.errors import Timeout, Unavailable
 from routing.link import EntryHandler
+from routing.logs import get_logger
 from routing.nats_connection import NatsConnection, Registration
 from routing.nats_stored import stored_entry
 from routing.nats_wire import headers_of
 
-log = structlog.get_logger("ferry.watch")
+log = get_logger("ferry.watch")
 
 HEARTBEAT_S = 0.5
 SILENCE_S = 3 * HEARTBEAT_S

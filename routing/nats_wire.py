@@ -19,13 +19,13 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-import structlog
 from nats import errors as nats_errors
 from nats.aio.client import Client
 
 from routing.errors import InvalidInput
+from routing.logs import get_logger
 
-log = structlog.get_logger("ferry.nats")
+log = get_logger("ferry.nats")
 
 # subject, reply ("" when nobody waits), payload, headers as they came (b"" when there are none)
 Receive = Callable[[str, str, bytes, bytes], None]

@@ -12,8 +12,6 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-import structlog
-
 from routing.address import ActorId, NodeId
 from routing.directory import Directory, MapEntry
 from routing.envelope import Answer, Command, decode_answer, encode_answer, encode_command, new_command
@@ -33,9 +31,10 @@ from routing.errors import (
 from routing.jsonlike import shown
 from routing.link import Link
 from routing.local import LATER, LocalNode
+from routing.logs import get_logger
 from routing.subjects import Subjects, unit_in_words
 
-log = structlog.get_logger("ferry.router")
+log = get_logger("ferry.router")
 
 ATTEMPT_S = 2.0  # then the same message id is sent again: its node may have died with it
 RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25

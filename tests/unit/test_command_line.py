@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,34 @@ def test_every_mistake_in_the_settings_is_named(nowhere: None, monkeypatch: pyte
     assert result.exit_code == 2
     assert "FERRY_SHARDS=0" in result.stderr
     assert "FERRY_REPLICAS=2" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["migrations"], ["status"], ["doctor"]])
+@pytest.mark.usefixtures("nowhere")
+def test_a_redis_url_that_names_another_server_is_a_redis_that_does_not_serve(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NATS, for instance, which greets whoever connects: what it says is no answer of Redis."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("FERRY_REDIS_URL", f"redis://127.0.0.1:{port}/0")
+        threading.Thread(target=_greet_as_nats, args=(server,), daemon=True).start()
+
+        result = ferry(*arguments)
+
+    assert result.exit_code == 1
+    assert "Protocol error" in result.output
+    assert "FERRY_REDIS_URL" in " ".join(result.output.split())
+    assert "internal error" not in result.output
+
+
+def _greet_as_nats(server: socket.socket) -> None:
+    greeted = []  # so that none is closed
+    with suppress(OSError):
+        while True:
+            client, _ = server.accept()
+            client.sendall(b'INFO {"server_id":"N"}\r\n')
+            greeted.append(client)
 
 
 @pytest.mark.parametrize("module", ["def (", "raise RuntimeError('no licence\\nfound')", "1 / 0"])
@@ -613,6 +644,45 @@ def test_what_is_logged_and_how_may_stand_in_the_env_file(tmp_path: Path, monkey
 
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert json.loads(line)["event"] == "seen"
+
+
+# What an application that imports the client finds in its modules, told to say something.
+CLIENT = """
+import importlib, logging, sys, structlog
+for name in sys.argv[1].split():
+    log = importlib.import_module(f"routing.{name}").log
+    log.info("unseen")
+    log.warning("50% lost", module=name, node="a b")
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+log.info("asked for", name="n")
+structlog.configure(processors=[structlog.processors.KeyValueRenderer()])
+log.debug("as configured", n=1)
+"""
+
+
+def test_a_client_logs_where_its_application_does_and_never_to_stdout_by_itself() -> None:
+    """Warnings on stderr, what the standard library is told to show, and structlog as soon as it is configured."""
+    modules = [
+        "birth",
+        "directory",
+        "failpoints",
+        "lease",
+        "membership",
+        "nats_connection",
+        "nats_link",
+        "nats_watch",
+        "nats_wire",
+        "router",
+    ]
+
+    ended = subprocess.run(
+        [sys.executable, "-c", CLIENT, " ".join(modules)], timeout=60, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(_PROJECT)},
+    )  # fmt: skip
+
+    warnings = [f"50% lost module={name} node='a b'" for name in modules]
+    assert ended.stderr.splitlines() == [*warnings, "INFO asked for name=n"]
+    assert ended.stdout.splitlines() == ["n=1 event='as configured'"]
 
 
 @pytest.mark.parametrize("variable", ["FERRY_LOG", "FERRY_LOG_LEVEL"])
