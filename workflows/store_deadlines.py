@@ -11,10 +11,11 @@ from redis import exceptions
 
 from routing.errors import Unavailable
 
-# What passes when Redis is started, failed over or given memory. Anything else it refuses is a mistake, and rises.
+# What passes when Redis is started, failed over or given memory, or when FERRY_REDIS_URL names one: another server's
+# answer is none. Anything else it refuses is a mistake, and rises.
 _OUTAGES = (
     exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
-    exceptions.MasterDownError,
+    exceptions.MasterDownError, exceptions.InvalidResponse,
 )  # fmt: skip
 
 
