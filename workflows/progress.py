@@ -58,11 +58,11 @@ async def emptied(session: Session, node: str, *, timeout_s: float, show: Show) 
     """Wait until a node owns nothing. The session follows the map. Raises StillRunning."""
     loop = asyncio.get_running_loop()
     deadline_s, watch = loop.time() + timeout_s, _Stall(loop)
-    total = len(session.owned_by(node))
+    had = session.owned_by(node)
     while True:
         units = session.owned_by(node)
-        left = len(units)
-        total = max(total, left)
+        had = max(had, units, key=len)
+        left, total = len(units), len(had)
         if left and watch.stalled(total - left):
             watch.why = await _what_blocks(session, since=watch.since, leaving=node)
         show(total - left, total, watch.why)
@@ -70,8 +70,8 @@ async def emptied(session: Session, node: str, *, timeout_s: float, show: Show) 
             return
         if loop.time() >= deadline_s:
             raise StillRunning(
-                f"node {node} still has {counted_units(units)}, of {total} that it had, after"
-                f" {timeout_s:g} s{watch.because}: draining goes on"
+                f"node {node} still has {left} of {counted_units(had)} after {timeout_s:g} s{watch.because}:"
+                " draining goes on"
             )
         await asyncio.sleep(POLL_S)
 
