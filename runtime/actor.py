@@ -45,6 +45,7 @@ from routing.errors import (
     UnknownActorType,
     UnknownCommand,
 )
+from routing.jsonlike import shown
 from routing.local import LATER
 
 __all__ = ["Actor", "ActorClasses", "Rejected", "command", "event", "query"]
@@ -160,6 +161,8 @@ class Actor:
         cls.handlers = handlers
         if hasattr(cls, "capture") != hasattr(cls, "restore"):
             raise InvalidInput(f"{cls.__name__} has one of capture() and restore(): define both, or neither")
+        if type(cls.schema_version) is not int:
+            raise InvalidInput(f"{cls.__name__}.schema_version is {shown(cls.schema_version)}: must be a whole number")
 
     def emit(self, event_name: str, /, **values: Any) -> None:
         """Record that something happened, and apply it. Only inside a @command.

@@ -451,6 +451,13 @@ def test_capture_and_restore_come_as_a_pair(alone: str) -> None:
     assert issubclass(type("Inheriting", (whole,), {"capture": lambda self: b"1"}), whole)
 
 
+@pytest.mark.parametrize("version", [True, 1.0, "2", None])
+def test_a_schema_version_is_a_whole_number(version: Any) -> None:
+    """It is compared with others, and told in the node's lease: no node may become invisible by it."""
+    with pytest.raises(InvalidInput, match=r"Odd.schema_version is .*: must be a whole number"):
+        type("Odd", (Actor,), {"schema_version": version})
+
+
 def test_classes_are_found_by_type_and_handlers_by_name() -> None:
     """Events, private methods and inherited plumbing cannot be called from outside."""
     classes = ActorClasses([Notebook])
