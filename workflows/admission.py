@@ -113,10 +113,11 @@ class Admission:
                 await self._context.settle(move.id, error=why)
                 self.waiting.pop(move.id, None)
 
-    async def admit(self, takers: Collection[str]) -> None:
+    async def admit(self, takers: Collection[str], awaited: Collection[str] = ()) -> None:
         """Launch what there is room for, to nodes that may receive shards now; what has become impossible ends.
 
-        Raises Unavailable when Redis cannot take it; it then still waits.
+        What is to go to an `awaited` node waits: nobody has heard of that one, and it may live. Raises Unavailable when
+        Redis cannot take it; it then still waits.
         """
         chains = {(move.source, move.destination, _chain_of(move)) for move in self.running.values()}
         busy = Counter(node for source, destination, _ in chains for node in (source, destination))
@@ -129,7 +130,7 @@ class Admission:
             if max(still[move.source], still[move.destination]) >= self._room:
                 continue
             convoy = self._convoy(move)
-            if await self._begin(convoy, takers):
+            if await self._begin(convoy, takers, awaited):
                 busy.update((move.source, move.destination))
                 for node in (move.source, move.destination):
                     still[node] += sum(one.actors_total for one in convoy)
@@ -148,11 +149,11 @@ class Admission:
                 actors, state_bytes = actors + move.actors_total, state_bytes + move.state_bytes
         return convoy
 
-    async def _begin(self, convoy: Sequence[Move], takers: Collection[str]) -> bool:
+    async def _begin(self, convoy: Sequence[Move], takers: Collection[str], awaited: Collection[str]) -> bool:
         """Launch those of the moves that can begin now, with one chain. False when none can."""
         task_ids, began = {step: str(uuid.uuid4()) for step in STEPS}, self._wall_clock()
         outcomes = await asyncio.gather(
-            *(self._begin_one(move, takers, task_ids, began) for move in convoy), return_exceptions=True
+            *(self._begin_one(move, takers, awaited, task_ids, began) for move in convoy), return_exceptions=True
         )
         begun = [outcome for outcome in outcomes if isinstance(outcome, Move)]
         if begun:
@@ -163,7 +164,7 @@ class Admission:
         return bool(begun)
 
     async def _begin_one(
-        self, move: Move, takers: Collection[str], task_ids: dict[str, str], now: float
+        self, move: Move, takers: Collection[str], awaited: Collection[str], task_ids: dict[str, str], now: float
     ) -> Move | None:
         """Write down that a move begins; returns it as stored, None when it does not (yet)."""
         entry = self._directory.get(move.unit)
@@ -171,6 +172,8 @@ class Admission:
         if entry is None or entry.ownership.owner != move.source:
             why = f"{unit_in_words(move.unit)} went from {move.source} to another node before the launch"
         elif move.destination not in takers:
+            if move.destination in awaited:
+                return None
             why = f"node {move.destination} takes nothing now: `ferry status` says why"
         if entry is None or why:
             await self._context.settle(move.id, error=why)

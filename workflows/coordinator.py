@@ -244,7 +244,13 @@ class Coordinator:
         if self._changed_at_s is None and not self.admission.busy and self._assignment.strays(self.membership.alive()):
             self.plan_soon("actors go back to their shards")
         await self._plan_when_due()
-        await self.admission.admit(self.takers() if self.admission.waiting else ())
+        await self.admission.admit(self.takers() if self.admission.waiting else (), self._awaited())
+
+    def _awaited(self) -> set[str]:
+        """Destinations that are not alive as far as was heard, while that does not say yet that they are dead."""
+        if self._may_fail_over:
+            return set()
+        return {move.destination for move in self.admission.waiting.values()} - self.membership.alive().keys()
 
     def plan_soon(self, reason: str) -> None:
         """Plan once membership has been quiet for the debounce time."""

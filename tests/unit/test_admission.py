@@ -136,6 +136,33 @@ async def test_a_move_by_hand_that_has_become_impossible_says_why() -> None:
 
 
 @virtually
+async def test_a_move_by_hand_survives_a_time_without_nats() -> None:
+    """All leases ran out meanwhile; a leader that is back before the nodes are has not heard of its destination yet."""
+    async with cluster("a", "b", shards=6) as small:
+        await small.directory.decide("shard.1", lambda view: lock(view, move="earlier", destination="b"))
+        async with leader(small) as lead:
+            lead.process.suspended = True
+            lead.process.admission.forget_all()
+            lead.shelf.stored.clear()
+            await lead.plan("shard/1 by hand", "b", 1, plan_id="p2")
+            link: Any = lead.process._link
+            for cut in (link.disconnect, *(running.cut for running in small.everyone)):
+                cut()
+            await asyncio.sleep(2 * small.settings.node_lease_s)
+
+            link.reconnect()
+            await until(lambda: lead.process._may_lead)
+            assert lead.process.takers() == set()
+            await asyncio.sleep(1.0)
+            for running in small.everyone:
+                running.heal()
+
+            (by_hand,) = lead.of_plan("p2")
+            assert by_hand.status is MigrationStatus.PLANNED
+            await until(lambda: by_hand.id in [move.id for move in lead.launched])
+
+
+@virtually
 async def test_a_rebalance_that_is_asked_for_does_not_plan_again_what_waits() -> None:
     """It counts where it is going, as what is locked does."""
     async with cluster("a", "b", shards=4) as small:
