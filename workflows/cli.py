@@ -165,9 +165,12 @@ async def _run_coordinator(settings: Settings, name: str, stopping: asyncio.Even
 async def _serve(process: Node | Coordinator, link: Link, settings: Settings, stopping: asyncio.Event) -> None:
     from routing.identity import Identity
 
+    async def start_and_serve() -> None:
+        await process.start()
+        await process.serve(stopping)
+
     identity = await Identity.join(link, settings)
-    await process.start()
-    await identity.while_same(process.serve(stopping))
+    await identity.while_same(start_and_serve())
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

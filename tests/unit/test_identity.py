@@ -16,12 +16,15 @@ from routing.errors import Incompatible, Unavailable
 from routing.identity import ANSWER_S, GONE_S, Identity
 from routing.settings import Settings
 from routing.shard_map import assign
-from routing.subjects import CLUSTER_KEY, kv_subject
+from routing.subjects import CLUSTER_KEY, kv_stream, kv_subject
+from runtime.actor import ActorClasses
+from runtime.node import Node
 from runtime.testing import Fault, Kind, MemoryLink, MemoryNats
 from tests.simulation.shelf import Shelf
-from tests.unit.cluster import SmallCluster, answered, cluster
+from tests.unit.cluster import Ledger, SmallCluster, answered, cluster
 from tests.unit.office import coordinator
-from tests.unit.virtual_time import clock, until, virtually
+from tests.unit.virtual_time import clock, until, virtually, wall_clock
+from workflows import cli
 from workflows import context as contexts
 from workflows.context import StepContext, Worker
 
@@ -211,6 +214,36 @@ async def test_a_node_of_another_cluster_ends_without_a_trace() -> None:
         assert running.task.done()
         assert {stream: small.nats.entries(stream) for stream in small.nats._streams} == before
         assert [type((await answered(future)).error) for future in futures] == [Unavailable] * 3
+
+
+@virtually
+async def test_a_node_that_loses_its_connection_while_it_starts_goes_on() -> None:
+    """It is in doubt then, and cannot even take its lease until somebody has compared."""
+    nats, settings = MemoryNats(), replace(SETTINGS, node_id="a")
+    link, back = nats.link("a"), asyncio.Event()
+
+    class Starting(Node):
+        async def start(self) -> None:
+            link.disconnect()
+            link.on_reconnect(back.set)
+            link.reconnect()
+            await back.wait()
+            assert link.in_doubt
+            await super().start()
+
+    node = Starting(
+        settings, link=link, transfer_link=nats.link("a-transfer"), classes=ActorClasses([Ledger]), clock=clock,
+        wall_clock=wall_clock,
+    )  # fmt: skip
+    stopping = asyncio.Event()
+    serving = asyncio.create_task(cli._serve(node, link, settings, stopping))
+    await back.wait()
+    await until(lambda: not link.in_doubt)
+    await until(lambda: serving.done() or nats.entries(kv_stream(settings.subjects.lease_bucket)) != [])
+
+    assert not serving.done()
+    stopping.set()
+    await serving
 
 
 @virtually
