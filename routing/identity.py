@@ -43,8 +43,14 @@ class Identity:
 
     @classmethod
     async def join(cls, link: Link, settings: Settings) -> Identity:
-        """Found the cluster, or join it. Raises what `found_or_join` does."""
-        return cls(link, settings.subjects, await found_or_join(link, settings))
+        """Found the cluster, or join it: again after a reconnect meanwhile. Raises what `found_or_join` does."""
+        reconnected = asyncio.Event()
+        link.on_reconnect(reconnected.set)
+        while True:
+            reconnected.clear()
+            born = await found_or_join(link, settings)
+            if not reconnected.is_set():
+                return cls(link, settings.subjects, born)
 
     async def while_same(self, serving: Coroutine[Any, Any, None]) -> None:
         """Run `serving` to its end, and cancel it when NATS comes back with another cluster.

@@ -14,6 +14,7 @@ from routing.birth import Birth, found_or_join
 from routing.directory import Directory
 from routing.errors import Incompatible, Unavailable
 from routing.identity import ANSWER_S, GONE_S, Identity
+from routing.link import StreamSpec
 from routing.settings import Settings
 from routing.shard_map import assign
 from routing.subjects import CLUSTER_KEY, kv_stream, kv_subject
@@ -139,6 +140,30 @@ async def test_a_cluster_founded_anew_is_another() -> None:
         await keep
     with pytest.raises(Unavailable):
         await link.append(kv_subject(SETTINGS.subjects.map_bucket, "shard.0"), b"", expected=0, timeout_s=1.0)
+
+
+@virtually
+async def test_who_joins_while_nats_comes_back_with_another_cluster_joins_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it has read of the one before would be compared with nothing."""
+    server = Server()
+    link, make = server.nats.link("a"), MemoryLink.ensure_stream
+
+    async def make_late(self: MemoryLink, spec: StreamSpec, *, timeout_s: float) -> None:
+        await make(self, spec, timeout_s=timeout_s)
+        if self is link and spec.ttl and not others:  # the last of them: the birth document has been read
+            link.disconnect()
+            server.nats.lose_everything()
+            others.append((await server.join("b"))[1])
+            link.reconnect()
+            await asyncio.sleep(0.1)
+
+    others: list[Birth] = []
+    monkeypatch.setattr(MemoryLink, "ensure_stream", make_late)
+    identity = await Identity.join(link, SETTINGS)
+
+    assert [identity._born] == others
 
 
 @virtually
