@@ -72,21 +72,22 @@ class Driver:
 
     async def take(
         self, step: Step, context: StepContext, move_id: str, attempt: int, *, convoy_task: str | None = None
-    ) -> None:
+    ) -> bool:
         """Take one step of a move if it is its turn; otherwise return quietly: it was taken, or the move has ended.
 
         A step before it that is not recorded, because its worker died too early, is taken again first. With the id of
-        its convoy's task, a move that has left the convoy is let alone as well.
+        its convoy's task, a move that has left the convoy is let alone as well. Returns whether the move is past the
+        step and goes on with this chain; False for one that had ended before, or has another.
         """
         if attempt == 0 and await context.relieves(move_id, step.name):
             self.go_on_ahead(step, context, move_id)
-            return
+            return True
         async with context.turn(move_id):
-            await self._take(step, context, move_id, attempt, convoy_task)
+            return await self._take(step, context, move_id, attempt, convoy_task)
 
     async def _take(
         self, step: Step, context: StepContext, move_id: str, attempt: int, convoy_task: str | None = None
-    ) -> None:
+    ) -> bool:
         move = await context.recall(move_id, fresh=attempt > 0)
         for pause_s in BEHIND_S:
             if _waits_for(move, convoy_task, _before(step)):  # another worker's record, perhaps on its way
@@ -103,9 +104,10 @@ class Driver:
                 continue  # another worker, or whoever ends moves, has recorded the end meanwhile
             if due is step:
                 self.go_on_ahead(step, context, move_id, done)
-                return
+                return True
             move = await context.recall(move_id)
         log.info("step does not apply", step=step.name, move=move_id, status=move.status if move else "unknown")
+        return _waits_for(move, convoy_task, STEPS)
 
     def go_on_ahead(self, step: Step, context: StepContext, move_id: str, done: Move | None = None) -> None:
         """Begin to take what may be taken while Celery hands the chain on from a step that is `done`, or was before."""
@@ -161,18 +163,22 @@ class Driver:
 
         What may pass is raised while no move has taken the step, and then all are tried again. Once one has, its actors
         would stand still for the tries of the others: those leave the convoy, and soon, for one try of a pause lasts
-        as long as handlers may.
+        as long as handlers may. Nobody stands still for a move that has ended, or goes on in another chain.
         """
         outcomes = await _together(
             self.take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids
         )
-        errors = {move_id: error for move_id, error in zip(move_ids, outcomes, strict=True) if error is not None}
+        errors = {
+            move_id: outcome
+            for move_id, outcome in zip(move_ids, outcomes, strict=True)
+            if isinstance(outcome, BaseException)
+        }
         for error in errors.values():
             if not isinstance(error, (PermanentError, TransientError, InDoubt)):
                 raise error
         lost = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
         may_pass = [move_id for move_id in errors if move_id not in lost]
-        if may_pass and len(errors) == len(move_ids):
+        if may_pass and True not in outcomes:
             raise errors[may_pass[0]]
         left = [await self._leave(step, context, move_id, task_id) for move_id in may_pass]
         return Parted(lost=lost, behind=[move for move in left if move is not None])
@@ -221,14 +227,15 @@ class Driver:
                 log.info("not copied ahead", move=move_id, error=str(error))
 
 
-async def _together(tries: Iterable[Coroutine[Any, Any, None]]) -> list[BaseException | None]:
-    """What each try has raised, None where it has passed. Once one has, the others have GRACE_S left: Timeout then."""
+async def _together(tries: Iterable[Coroutine[Any, Any, bool]]) -> list[BaseException | bool]:
+    """What each try has raised, or returned. Once one is True, the others have GRACE_S left: Timeout then."""
     tasks = [asyncio.create_task(one) for one in tries]
     try:
         waiting, left_s = set(tasks), None
         while waiting and left_s is None:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            left_s = GRACE_S if any(not task.cancelled() and task.exception() is None for task in done) else None
+            passed = any(not task.cancelled() and task.exception() is None and task.result() for task in done)
+            left_s = GRACE_S if passed else None
         if waiting:
             await asyncio.wait(waiting, timeout=left_s)
     finally:
@@ -236,7 +243,7 @@ async def _together(tries: Iterable[Coroutine[Any, Any, None]]) -> list[BaseExce
             task.cancel()
         await asyncio.wait(tasks)
     late = Timeout(f"it takes more than {GRACE_S:g} s longer than others in its chain")
-    return [late if task.cancelled() else task.exception() for task in tasks]
+    return [late if task.cancelled() else task.exception() or task.result() for task in tasks]
 
 
 def _before(step: Step) -> Sequence[str]:

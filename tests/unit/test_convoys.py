@@ -232,16 +232,19 @@ STEP, TASK = migration.CHAIN[3], "convoy's send"
 
 async def together(
     monkeypatch: pytest.MonkeyPatch, errors: dict[str, BaseException], *, attempt: int = 0, shelf: Shelf | None = None,
-    slow: Mapping[str, float] | None = None,
+    slow: Mapping[str, float] | None = None, gone: Collection[str] = (),
 ) -> tuple[Parted, list[str]]:  # fmt: skip
-    """(who cannot go on, who took the step) of three moves; those in `errors` fail, those in `slow` take so long."""
+    """(who cannot go on, who took the step) of three moves; those in `errors` fail, those in `slow` take so long, and
+    those in `gone` have ended or left before."""
     shelf, taken = shelf or await three(), []
 
-    async def take(step: Any, context: Any, move_id: str, attempt: int, *, convoy_task: str) -> None:
+    async def take(step: Any, context: Any, move_id: str, attempt: int, *, convoy_task: str) -> bool:
         await asyncio.sleep((slow or {}).get(move_id, 0.0))
         if move_id in errors:
             raise errors[move_id]
-        taken.append(move_id)
+        if move_id not in gone:
+            taken.append(move_id)
+        return move_id not in gone
 
     monkeypatch.setattr(migration.driver, "take", take)
     nobody: Any = None
@@ -354,6 +357,41 @@ async def test_nobody_is_hurried_while_none_has_taken_the_step() -> None:
         parted, taken = await together(monkeypatch, {}, slow=slow)
 
     assert (parted.lost, parted.behind, taken) == ([], [], ["m0", "m1", "m2"])
+
+
+@virtually
+async def test_nobody_is_hurried_or_sent_away_for_one_that_has_gone_before() -> None:
+    """A move that has ended, or goes on in another chain, does not stand still for the others."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        slow = {"m1": 2 * GRACE_S, "m2": 2.5 * GRACE_S}
+
+        parted, taken = await together(monkeypatch, {}, slow=slow, gone=["m0"])
+        assert (parted.lost, parted.behind, taken) == ([], [], ["m1", "m2"])
+
+        with pytest.raises(Unavailable):
+            await together(monkeypatch, dict.fromkeys(("m1", "m2"), Unavailable("away")), gone=["m0"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "goes_on"),
+    [
+        ({"status": MigrationStatus.SENT, "step": "await_ack"}, True),
+        ({"status": MigrationStatus.ROLLED_BACK, "step": None}, False),
+        ({"task_ids": dict.fromkeys(STEPS, "sent again")}, False),
+    ],
+)
+def test_a_step_tells_whether_its_move_goes_on_with_the_convoy(changes: dict[str, Any], goes_on: bool) -> None:
+    """Past the step it does, whoever took that; it does not when it has ended, or has another chain."""
+
+    @virtually
+    async def scene() -> None:
+        async with cluster() as small:
+            shelf = await three()
+            shelf.stored["m0"] = replace(shelf.stored["m0"], **{"task_ids": {STEP.name: TASK}, **changes})
+
+            assert await migration.driver.take(STEP, worker(small, shelf), "m0", 0, convoy_task=TASK) is goes_on
+
+    scene()
 
 
 @virtually
