@@ -53,7 +53,10 @@ class Unavailable(TransientError):
 
 
 class StreamMissing(Unavailable):
-    """NATS answers, and has no such stream: nobody has made it yet, or what it stored is gone."""
+    """NATS answers, and has no such stream: nobody has made it yet, or what it stored is gone.
+
+    For whoever has asked it; others are told that it is Unavailable, which peers of every version know.
+    """
 
 
 class Busy(TransientError):
@@ -153,9 +156,9 @@ class InvariantViolated(FerryError):
 _BY_NAME: dict[str, type[FerryError]] = {
     cls.__name__: cls
     for cls in (
-        Timeout, Unavailable, StreamMissing, Busy, OutOfOrder, WrongSequence, Rejected, HandlerFailed, InvalidInput,
-        UnknownActorType, UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, SessionExpired, NotApplicable,
-        Incompatible, InDoubt, Moved, InvariantViolated, TransientError, PermanentError, FerryError,
+        Timeout, Unavailable, Busy, OutOfOrder, WrongSequence, Rejected, HandlerFailed, InvalidInput, UnknownActorType,
+        UnknownCommand, PayloadTooLarge, StateNotPortable, Quarantined, SessionExpired, NotApplicable, Incompatible,
+        InDoubt, Moved, InvariantViolated, TransientError, PermanentError, FerryError,
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from routing.errors import (
     PayloadTooLarge,
     PermanentError,
     Rejected,
+    StreamMissing,
     Timeout,
     TransientError,
     Unavailable,
@@ -47,9 +48,12 @@ def make(kind: type[FerryError]) -> FerryError:
     return kind("do this next")
 
 
-# Moved travels as a field of its own in an answer (test_envelope.py); InvariantViolated stops a process.
+# Moved travels as a field of its own in an answer (test_envelope.py); InvariantViolated stops a process; StreamMissing
+# is for those who ask NATS themselves.
 CONCRETE = [
-    kind for kind in below(FerryError) if kind not in {TransientError, PermanentError, Moved, InvariantViolated}
+    kind
+    for kind in below(FerryError)
+    if kind not in {TransientError, PermanentError, Moved, InvariantViolated, StreamMissing}
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=10),
@@ -79,6 +83,11 @@ def test_no_error_of_ours_is_blamed_on_the_actor_after_the_wire(kind: type[Ferry
 def test_what_may_be_retried_may_still_be_retried_after_the_wire(kind: type[FerryError]) -> None:
     """A Celery step retries TransientError only: a transient error that arrives as permanent rolls a move back."""
     assert isinstance(from_wire(to_wire(make(kind))), TransientError)
+
+
+def test_a_missing_stream_travels_as_what_earlier_versions_know() -> None:
+    """They take an unknown kind for permanent, and a Celery step would roll its move back."""
+    assert to_wire(StreamMissing("start a node"))["kind"] == "Unavailable"
 
 
 def test_the_retry_hint_of_busy_survives_the_wire() -> None:
