@@ -259,8 +259,8 @@ class StepContext:
             else:
                 if not fresh:
                     return saved
-            finally:
-                if self._saving.get(move_id) is saving:
+            finally:  # whoever was told to end meanwhile leaves it to the next to wait for
+                if saving.done() and self._saving.get(move_id) is saving:
                     del self._saving[move_id]
         stored = await self.store.move(move_id)
         if stored is not None and stored.revision < self._revisions.get(move_id, 0):

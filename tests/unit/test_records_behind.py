@@ -46,6 +46,30 @@ async def test_a_step_whose_predecessor_was_never_recorded_takes_that_one_again(
 
 
 @virtually
+async def test_a_try_that_is_given_up_while_a_record_is_saved_does_not_hide_that_save() -> None:
+    """A convoy gives slow tries up; who then reads the record sees what was passed, and does not take it again."""
+    async with cluster("a", "b") as small:
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context = worker(small, shelf)
+
+        async def slowly(_: Move) -> None:
+            await asyncio.sleep(1.0)
+
+        shelf.before = slowly
+        context.passed(move, MigrationStatus.PAUSED)
+        given_up = asyncio.create_task(context.recall(move.id))
+        await asyncio.sleep(0.1)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+
+        stored = await context.recall(move.id, fresh=True)
+
+        assert stored is not None
+        assert stored.status is MigrationStatus.PAUSED
+
+
+@virtually
 async def test_a_store_that_takes_no_writes_makes_each_try_of_a_step_fail() -> None:
     """Steps taken again and again without a pause would keep extending the pause of the shard."""
     async with cluster("a", "b") as small:
