@@ -35,6 +35,10 @@ BEHIND_S = (0.005, 0.02)  # steps are recorded while the chain is handed on: ano
 Act = Callable[[StepContext, Move], Awaitable[Move]]
 
 
+class _Hurried(Timeout):
+    """A try was given up because others in its chain had taken the step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step: its name, what it does, and how urgent its task is."""
@@ -164,6 +168,7 @@ class Driver:
         What may pass is raised while no move has taken the step, and then all are tried again. Once one has, its actors
         would stand still for the tries of the others: those leave the convoy, and soon, for one try of a pause lasts
         as long as handlers may. Nobody stands still for a move that has ended, or goes on in another chain.
+        Who was merely hurried has not failed, not at the last attempt either: it has one try more, alone.
         """
         outcomes = await _together(
             self.take(step, context, move_id, attempt, convoy_task=task_id) for move_id in move_ids
@@ -176,7 +181,11 @@ class Driver:
         for error in errors.values():
             if not isinstance(error, (PermanentError, TransientError, InDoubt)):
                 raise error
-        lost = [id_ for id_, error in errors.items() if isinstance(error, PermanentError) or attempt >= STEP_RETRIES]
+        lost = [
+            move_id
+            for move_id, error in errors.items()
+            if isinstance(error, PermanentError) or (attempt >= STEP_RETRIES and not isinstance(error, _Hurried))
+        ]
         may_pass = [move_id for move_id in errors if move_id not in lost]
         if may_pass and True not in outcomes:
             raise errors[may_pass[0]]
@@ -228,7 +237,7 @@ class Driver:
 
 
 async def _together(tries: Iterable[Coroutine[Any, Any, bool]]) -> list[BaseException | bool]:
-    """What each try has raised, or returned. Once one is True, the others have GRACE_S left: Timeout then."""
+    """What each try has raised, or returned. Once one is True, the others have GRACE_S left: `_Hurried` then."""
     tasks = [asyncio.create_task(one) for one in tries]
     try:
         waiting, left_s = set(tasks), None
@@ -242,8 +251,8 @@ async def _together(tries: Iterable[Coroutine[Any, Any, bool]]) -> list[BaseExce
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-    late = Timeout(f"it takes more than {GRACE_S:g} s longer than others in its chain")
-    return [late if task.cancelled() else task.exception() or task.result() for task in tasks]
+    hurried = _Hurried(f"it takes more than {GRACE_S:g} s longer than others in its chain")
+    return [hurried if task.cancelled() else task.exception() or task.result() for task in tasks]
 
 
 def _before(step: Step) -> Sequence[str]:

@@ -349,6 +349,17 @@ async def test_a_move_that_takes_longer_than_the_others_leaves_them() -> None:
 
 
 @virtually
+async def test_a_move_that_was_hurried_at_the_last_attempt_is_not_rolled_back() -> None:
+    """Nothing was refused; one that fails then is given up."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        errors: dict[str, BaseException] = {"m2": Unavailable("away")}
+
+        parted, taken = await together(monkeypatch, errors, slow={"m1": 2 * GRACE_S}, attempt=STEP_RETRIES)
+
+    assert (parted.lost, [move.id for move in parted.behind], taken) == (["m2"], ["m1"], ["m0"])
+
+
+@virtually
 async def test_nobody_is_hurried_while_none_has_taken_the_step() -> None:
     """What stands still then stands still for its own sake."""
     with pytest.MonkeyPatch.context() as monkeypatch:
