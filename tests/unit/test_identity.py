@@ -50,6 +50,13 @@ class Server:
         link = self.nats.link(name)
         return link, await found_or_join(link, SETTINGS)
 
+    async def comes_back_with_another(self, link: MemoryLink) -> None:
+        """Its storage is new, and somebody has founded a cluster there before the link is back."""
+        link.disconnect()
+        self.nats.lose_everything()
+        await self.join("founder")
+        link.reconnect()
+
 
 async def keeping(link: MemoryLink, born: Birth) -> asyncio.Task[None]:
     keep = asyncio.create_task(Identity(link, SETTINGS.subjects, born).keep())
@@ -115,10 +122,7 @@ async def test_a_reconnect_during_the_comparison_has_it_made_again() -> None:
     link.reconnect()
     await asyncio.sleep(ANSWER_S / 2)
 
-    link.disconnect()
-    server.nats.lose_everything()
-    await server.join("b")
-    link.reconnect()
+    await server.comes_back_with_another(link)
 
     with pytest.raises(Incompatible):
         await keep
@@ -130,11 +134,8 @@ async def test_a_cluster_founded_anew_is_another() -> None:
     server = Server()
     link, born = await server.join("a")
     keep = await keeping(link, born)
-    link.disconnect()
-    server.nats.lose_everything()
-    await server.join("b")
 
-    link.reconnect()
+    await server.comes_back_with_another(link)
 
     with pytest.raises(Incompatible, match="another cluster than the one that was joined"):
         await keep
@@ -199,10 +200,7 @@ async def test_a_cluster_of_an_earlier_version_is_taken_as_it_is() -> None:
     await until(lambda: not link.in_doubt)
     assert not keep.done()
 
-    link.disconnect()
-    server.nats.lose_everything()
-    await server.join("b")
-    link.reconnect()
+    await server.comes_back_with_another(link)
     with pytest.raises(Incompatible):
         await keep
 
