@@ -61,6 +61,8 @@ class _Logger:
         )
 
     def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):  # no way to log; and without this a copy, which has no fields yet, would have no end
+            raise AttributeError(method)
         return getattr(self._configured if structlog.is_configured() else self._plain, method)
 
 

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from routing.errors import InvalidInput
 
+SCHEMES = ("nats://", "tls://")
 _LAST_PORT = 65_535
 
 
@@ -18,7 +19,11 @@ def check_servers(urls: str, called: str) -> None:
     if not isinstance(urls, str) or not parts(urls):
         raise InvalidInput(f"{called} names no server: write nats://HOST:PORT, several with commas")
     for url in parts(urls):
+        if "://" in url and not url.startswith(SCHEMES):
+            raise InvalidInput(f"{called} must start with {' or '.join(SCHEMES)}")
         check_address(url, called)
+        if not urlsplit(url if "://" in url else f"nats://{url}").hostname:
+            raise InvalidInput(f"{called} names no host: write nats://HOST:PORT")
 
 
 def check_address(url: str, called: str) -> None:
@@ -30,7 +35,9 @@ def check_address(url: str, called: str) -> None:
         port_is_well = urlsplit(url).port != 0
     except ValueError as error:
         if "port" not in str(error).lower():
-            raise InvalidInput(f"{called} is malformed: in a user or a password write [ as %5B and ] as %5D") from error
+            raise InvalidInput(
+                f"{called} is malformed: [ and ] go around an IPv6 address, and in a user or a password are %5B and %5D"
+            ) from error
         port_is_well = False
     if not port_is_well:
         raise InvalidInput(

@@ -23,7 +23,7 @@ from environs import Env, EnvValidationError
 
 from routing.address import check_node_id
 from routing.errors import InvalidInput
-from routing.nats_url import check_address, check_servers
+from routing.nats_url import SCHEMES, check_address, check_servers
 from routing.subjects import Subjects
 
 DEFAULT_NATS_URL = "nats://127.0.0.1:4222"
@@ -165,7 +165,7 @@ def _read(env_file: str | Path) -> tuple[dict[str, Any], list[str]]:
     except EnvValidationError as error:
         wrong: Any = error.error_messages  # environs types them wider than it raises them
         problems += [f"{name}: {' '.join(why)}" for name, why in wrong.items()]
-    return {name: value for name, value in values.items() if value is not None}, problems
+    return {name: value for name, value in values.items() if value not in (None, "")}, problems  # "": left out
 
 
 def embedded_urls(data_dir: Path) -> dict[str, str]:
@@ -196,8 +196,8 @@ def _range_problems(s: Settings) -> list[str]:
 
 
 def _check_nats_url(urls: str) -> None:
-    if not urls.startswith(("nats://", "tls://")):
-        raise InvalidInput(f"FERRY_NATS_URL={urls}: must start with nats:// or tls://")
+    if not urls.startswith(SCHEMES):
+        raise InvalidInput(f"FERRY_NATS_URL={urls}: must start with {' or '.join(SCHEMES)}")
     check_servers(urls, "FERRY_NATS_URL")
 
 

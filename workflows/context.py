@@ -419,10 +419,10 @@ class Worker:
                 await context.identity.confirm()
             except Incompatible as error:
                 log.warning("begun anew", error=str(error))
-                opened = await open_context(self._settings)
+                self._context = await open_context(self._settings)
                 await context.link.close()
                 await context.store.close()
-                return opened
+                return self._context
         return context or await open_context(self._settings)
 
 

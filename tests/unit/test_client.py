@@ -194,7 +194,9 @@ async def test_arguments_that_are_no_dict_and_ids_that_are_no_text_are_invalid_i
 @pytest.mark.parametrize("connect", [Cluster.connect, SyncCluster.connect])
 def test_what_names_no_server_or_no_cluster_is_invalid_input_at_once(connect: Any) -> None:
     """Before there is a thread or a connection."""
-    for url in (None, 5, "", ",", ["nats://127.0.0.1:4222"], b"nats://127.0.0.1:4222", "nats://a:port", "nats://["):
+    for url in (
+        None, 5, "", ",", ["nats://127.0.0.1:4222"], b"nats://127.0.0.1:4222", "nats://a:port", "nats://[", "nats://", "http://a",
+    ):  # fmt: skip
         with pytest.raises(InvalidInput, match="URL of NATS"):
             connect(url)
     for name in (None, 5, "", "has.dots", b"default"):

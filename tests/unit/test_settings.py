@@ -179,13 +179,22 @@ def test_variables_are_those_of_the_file_and_of_the_environment_which_wins(
     assert variables() == {"FERRY_FLOWER_PORT": "5556", "FERRY_LOG": "console"}
 
 
+def test_a_variable_that_is_empty_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files and shells have them: `FERRY_NATS_URL= ferry up` starts an embedded server."""
+    monkeypatch.setenv("FERRY_NATS_URL", "")
+    monkeypatch.setenv("FERRY_CLUSTER", "")
+
+    assert Settings.load() == Settings()
+
+
 @pytest.mark.parametrize(
     ("setting", "url", "said"),
     [
         ("nats_url", "nats://127.0.0.1:port", "its port must be a number"),
         ("nats_url", "nats://a:4222, tls://b:65536", "its port must be a number"),
         ("nats_url", "nats://me:sec/ret@a:4222", "in a password write / as %2F"),
-        ("nats_url", "nats://me:sec[ret@a:4222", "write [ as %5B"),
+        ("nats_url", "nats://me:sec[ret@a:4222", "in a user or a password are %5B and %5D"),
+        ("nats_url", "nats://[::1", "[ and ] go around an IPv6 address"),
         ("redis_url", "redis://127.0.0.1:port/0", "its port must be a number"),
         ("redis_url", "redis://:secret@127.0.0.1/production", "the number of a database"),
         ("redis_url", "rediss://127.0.0.1:6379/-1", "the number of a database"),
