@@ -9,17 +9,16 @@ import click
 from celery import Celery, signals
 
 from routing.errors import InvalidInput
-from routing.logs import choices, configure_logging
+from routing.logs import configure_logging
 from routing.settings import Settings
-from workflows.command_line import WRONG_USAGE
+from workflows.command_line import WRONG_USAGE, read_settings
 from workflows.flower_page import show_in_flower
 
 
 def _load_settings() -> Settings:
     """A mistake in them ends the command `celery` with one line; for whoever imports this, it is InvalidInput."""
     try:
-        choices()  # or Celery would find out in the middle of its start
-        return Settings.load()
+        return read_settings()  # those of logging as well, or Celery would find out in the middle of its start
     except InvalidInput as error:
         command = click.get_current_context(silent=True)
         if command is None or command.find_root().command.name != "celery":

@@ -15,7 +15,7 @@ import click
 
 from routing.errors import FerryError, InDoubt, InvalidInput, Rejected
 from routing.jsonlike import shown
-from routing.logs import configure_logging
+from routing.logs import choices, configure_logging
 from routing.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -95,8 +95,25 @@ def _end(message: str, code: int, *, speaker: str = "ferry") -> NoReturn:
 
 def load_settings(*, log_level: str = "warning", **overrides: Any) -> Settings:
     """Settings of this process, and logging as they and the environment say. Raises InvalidInput."""
-    settings = Settings.load(**overrides)
+    settings = read_settings(log_level, **overrides)
     configure_logging(log_level)
+    return settings
+
+
+def read_settings(log_level: str = "warning", **overrides: Any) -> Settings:
+    """The settings of this process. Raises InvalidInput listing every mistake in them and in those of logging."""
+    mistakes = ""
+    try:
+        settings = Settings.load(**overrides)
+    except InvalidInput as error:
+        mistakes = str(error)
+    try:
+        choices(log_level)
+    except InvalidInput as error:
+        if str(error) not in mistakes:  # an .env that cannot be read is a mistake in both
+            mistakes = "; ".join(filter(None, (mistakes, str(error))))
+    if mistakes:
+        raise InvalidInput(mistakes)
     return settings
 
 

@@ -32,7 +32,7 @@ from routing.shard_map import Ownership
 from routing.subjects import actor_key
 from workflows import demo, presentation
 from workflows.cli import cli
-from workflows.command_line import Failure, FerryGroup, parse_arguments
+from workflows.command_line import Failure, FerryGroup, parse_arguments, read_settings
 from workflows.doctor import Finding, Verdict, _replicas
 from workflows.local.probe import free_port
 from workflows.lookup import steps
@@ -693,3 +693,17 @@ def test_an_unknown_log_setting_is_refused(variable: str, monkeypatch: pytest.Mo
 
     with pytest.raises(InvalidInput, match=f"{variable}=loud: use "):
         configure_logging()
+
+
+@pytest.mark.usefixtures("own_logging", "nowhere")
+def test_mistakes_in_settings_and_in_logging_are_listed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody corrects one to be told of the next; what is wrong with both is said once."""
+    monkeypatch.setenv("FERRY_SHARDS", "0")
+    monkeypatch.setenv("FERRY_LOG", "loud")
+    with pytest.raises(InvalidInput, match=r"FERRY_SHARDS=0: .*; FERRY_LOG=loud: "):
+        read_settings()
+
+    Path(".env").mkdir()
+    with pytest.raises(InvalidInput) as refusal:
+        read_settings()
+    assert str(refusal.value).count("cannot be read from .env") == 1
