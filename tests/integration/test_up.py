@@ -189,7 +189,9 @@ TOLD = "$FERRY_ACTORS $FERRY_NATS_URL $FERRY_REDIS_URL $FERRY_FLOWER_PORT $FERRY
 def test_what_the_env_file_says_holds_for_every_line_unless_the_environment_says_otherwise(tmp_path: Path) -> None:
     """Servers that run already, actors, Flower's port, and what is no setting; no embedded server is started."""
     nats, redis, flower = (free_port() for _ in range(3))
-    (tmp_path / "shop.py").write_text("from examples.flights import Aircraft")
+    (tmp_path / "shop.py").write_text(
+        "import os\nfrom examples.flights import Aircraft\nassert os.environ['FERRY_LOG_LEVEL'] == 'error'\n"
+    )
     (tmp_path / "Procfile").write_text(f"nats: false\nredis: false\nnode_a: sleep 60\nshow: echo {TOLD}\n")
     (tmp_path / ".env").write_text(
         f"FERRY_NATS_URL=nats://127.0.0.1:{nats}\nFERRY_REDIS_URL=redis://127.0.0.1:{redis}/1\nFERRY_ACTORS=shop\n"

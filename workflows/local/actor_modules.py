@@ -12,10 +12,12 @@ IMPORT_S = 60.0  # a module that imports a machine-learning library takes tens o
 
 # Elsewhere, because what an imported module starts or changes must not stay in us. Its last line is the fault.
 _LOAD = """
-import sys
+import os, sys
 from routing.errors import FerryError
+from routing.settings import variables
 from runtime.actor import ActorClasses
 from workflows.local.actor_modules import fault_of
+os.environ.update(variables())  # as a node of `ferry up` has them
 try:
     ActorClasses.load(sys.argv[1:])
 except FerryError as error:
