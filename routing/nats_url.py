@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from routing.errors import InvalidInput
 
 SCHEMES = ("nats://", "tls://")
-_LAST_PORT = 65_535
+LAST_PORT = 65_535
 
 
 def parts(url: str) -> list[str]:
@@ -41,7 +41,7 @@ def check_address(url: str, called: str) -> None:
         port_is_well = False
     if not port_is_well:
         raise InvalidInput(
-            f"{called} is malformed: its port must be a number up to {_LAST_PORT} (in a password write / as %2F)"
+            f"{called} is malformed: its port must be a number up to {LAST_PORT} (in a password write / as %2F)"
         )
 
 

@@ -62,6 +62,7 @@ class Driver:
     def __init__(self, chain: Sequence[Step]) -> None:
         self._chain = tuple(chain)
         self._pause, *self._preparing, self._delete = self._chain  # those in between follow from it, ABORT undoes them
+        self.before_commit = self._preparing[-1]
 
     async def drive(
         self, step: Step, context: StepContext, move_ids: Sequence[str], attempt: int, task_id: str
@@ -119,7 +120,7 @@ class Driver:
             context.run_ahead(
                 move_id, [step.name for step in self._preparing], partial(self._prepare_ahead, context, done)
             )
-        elif step is self._preparing[-1]:
+        elif step is self.before_commit:
             context.run_ahead(move_id, [self._delete.name], partial(self._commit_ahead, context, move_id))
         else:
             context.write_down(move_id)

@@ -206,7 +206,7 @@ def _task_for(step: Step) -> Any:
     def task(self: Task, *move_ids: str) -> None:
         task_id, retries, worker = self.request.id, self.request.retries, Worker.get(settings)
         if not retries and worker.relieved(step.name, move_ids):
-            if step.name == "await_ack":
+            if step is driver.before_commit:
                 worker.begin(partial(driver.go_on_ahead, step), move_ids)
             return
         try:

@@ -66,8 +66,8 @@ def plan_rebalance(
 
     `apart` are the actors with a key of their own, unit -> ownership: a pinned one stays until its node drains, and one
     that is unpinned goes where its shard will be. A node without an inventory, or a unit without an entry in it, has no
-    live actors. Raises InvalidInput when no
-    node may receive, a node is listed twice, or the map names a shard that the cluster does not have.
+    live actors. Raises InvalidInput when no node may receive, a node is listed twice, or the map names a shard that the
+    cluster does not have.
     """
     states = _by_id(nodes)
     receivers = [NodeWeight(id=node.id, weight=node.weight) for node in states.values() if not node.draining]

@@ -58,10 +58,16 @@ class Office:
             await asyncio.sleep(1.0)
 
 
-async def coordinator(small: SmallCluster, link: Any = None) -> tuple[Coordinator, asyncio.Task[None], asyncio.Event]:
-    async def launch(move: Move) -> None: ...
+async def coordinator(
+    small: SmallCluster, link: Any = None, *, shelf: Shelf | None = None, launched: list[Move] | None = None
+) -> tuple[Coordinator, asyncio.Task[None], asyncio.Event]:
+    """A coordinator that serves, its task, and what ends it; what it launches goes nowhere but into `launched`."""
+    moves = [] if launched is None else launched
 
-    store: Any = Shelf()
+    async def launch(*begun: Move) -> None:
+        moves.extend(begun)
+
+    store: Any = Shelf() if shelf is None else shelf
     process = Coordinator(
         small.settings, name="c", link=link or small.nats.link("coordinator"), store=store, launch=launch, clock=clock,
         wall_clock=wall_clock,

@@ -10,8 +10,9 @@ from typing import Any
 
 from routing.shard_map import abort, lock
 from tests.unit.cluster import SmallCluster, cluster
+from tests.unit.office import coordinator
 from tests.unit.shelf import Shelf
-from tests.unit.virtual_time import clock, until, virtually, wall_clock
+from tests.unit.virtual_time import until, virtually
 from workflows.coordinator import Coordinator
 from workflows.planner import planned_move
 from workflows.records import TERMINAL, ClusterEvent, MigrationStatus, Move, RebalanceRequest
@@ -55,20 +56,8 @@ class Leader:
 
 @contextlib.asynccontextmanager
 async def leader(small: SmallCluster) -> AsyncIterator[Leader]:
-    launched: list[Move] = []
-
-    async def launch(*moves: Move) -> None:
-        launched.extend(moves)
-
-    shelf = Noting()
-    store: Any = shelf
-    process = Coordinator(
-        small.settings, name="c1", link=small.nats.link("c1"), store=store, launch=launch, clock=clock,
-        wall_clock=wall_clock,
-    )  # fmt: skip
-    await process.start()
-    stopping = asyncio.Event()
-    serving = asyncio.create_task(process.serve(stopping))
+    shelf, launched = Noting(), list[Move]()
+    process, serving, stopping = await coordinator(small, shelf=shelf, launched=launched)
     await until(lambda: process.leading)
     await asyncio.sleep(small.settings.debounce_s + 0.5)  # the plan of a new leader
     yield Leader(process, shelf, launched)

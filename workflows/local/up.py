@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from routing.errors import InvalidInput
+from routing.nats_url import LAST_PORT
 from routing.settings import Settings, variables
 from workflows.local.actor_modules import check_actor_modules
 from workflows.local.claim import Claim, make_data_folder
@@ -26,7 +27,6 @@ from workflows.local.servers import announce, check_port, withdraw
 _KILL_AFTER_S = 25
 _NODE_LINE = re.compile(r"node[_-].*")
 _MOST_NODES = 100
-_LAST_PORT = 65_535
 
 
 def run_up(
@@ -214,8 +214,8 @@ def _flower_port(given: str) -> int:
     """Raises InvalidInput when what is given is no port, Unavailable when it is in use."""
     if not given:
         return _port_near(5555)
-    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= _LAST_PORT):
-        raise InvalidInput(f"FERRY_FLOWER_PORT={given}: must be a port, 1 to {_LAST_PORT}")
+    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= LAST_PORT):
+        raise InvalidInput(f"FERRY_FLOWER_PORT={given}: must be a port, 1 to {LAST_PORT}")
     check_port("Flower", int(given), "FERRY_FLOWER_PORT")
     return int(given)
 
