@@ -1,29 +1,32 @@
-"""A command and its answer on the wire: one JSON object each, checked where it enters the process."""
+"""A command and its answer on the wire: one JSON object each, checked where it enters the process.
+
+What is ours in it msgspec reads into the types that stand here; what is the application's is `jsonlike`'s to read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
+from msgspec import Raw, Struct
+from msgspec.json import Decoder
+from msgspec.structs import replace
 
 from routing import errors, jsonlike
 from routing.address import ActorId, check_node_id
 from routing.errors import FerryError, InvalidInput, Moved, PayloadTooLarge
+from routing.jsonlike import UNREADABLE, Count
 from routing.session_id import opened_at
 
 MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
 MAX_MESSAGE_ID_BYTES = 128
-_OF_SESSIONS = frozenset({"session", "number", "after"})
 SURROUNDING_BYTES = 4_096  # no command has more around its arguments, names escaped
 MAX_NAME_CHARACTERS = 200  # of a command: it is a method of the actor's class, and errors repeat it
 
 
-# One for each message: frozen it takes thrice as long to make, with its fields by name twice as long. Its maker may
-# complete it; after that nobody changes it.
-@dataclass(slots=True)
-class Command:
+# One for each message: to make a dataclass takes thrice as long, to make anything with its fields by name twice. Its
+# maker may complete it; after that nobody changes it.
+class Command(Struct):
     """One command or query for one actor; the node's actor class knows which it is.
 
     `message_id` makes a command apply once however often it arrives. `epoch` is the epoch of the map entry the
@@ -37,7 +40,7 @@ class Command:
     name: str
     message_id: str
     expires_ms: int
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = {}  # a new one each time: msgspec sees to that
     epoch: int = 0
     hops: int = 0
     session: str = ""
@@ -49,14 +52,43 @@ class Command:
         return replace(self, hops=self.hops + 1, epoch=max(self.epoch, epoch))
 
 
-@dataclass(slots=True)  # as Command
-class Answer:
+class Answer(Struct):
     """What became of a command: a value or an error, and who answered at which epoch."""
 
     value: Any = None
     error: FerryError | None = None
     owner: str | None = None
     epoch: int = 0
+
+
+class _SentCommand(Struct):
+    """A command as it travels. What it says beyond this is a newer version's."""
+
+    actor: str
+    command: str
+    id: str
+    arguments: Raw
+    epoch: Count = 0
+    hops: Count = 0
+    expires_ms: Count = 0
+    session: str = ""
+    number: Count = 0
+    after: Count = 0
+    linearizable: bool = False
+
+
+class _SentAnswer(Struct):
+    """An answer as it travels: with exactly one of the first three, which the others belong to."""
+
+    value: Raw = Raw()
+    moved: str | None = None
+    error: Raw = Raw()
+    owner: str | None = None
+    epoch: Count = 0
+
+
+_read_command = Decoder(_SentCommand).decode
+_read_answer = Decoder(_SentAnswer).decode
 
 
 def new_command(
@@ -102,62 +134,44 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 def encode_command(command: Command, *, epoch: int | None = None, expires_ms: int | None = None) -> bytes:
     """A command that was made or read here; `epoch` and `expires_ms` take the place of its own."""
-    document = _document(command)
-    if epoch is not None:
-        document["epoch"] = epoch
-    if expires_ms is not None:
-        document["expires_ms"] = expires_ms
-    return orjson.dumps(document)
-
-
-def _document(command: Command) -> dict[str, Any]:
     document: dict[str, Any] = {
         "actor": str(command.actor), "command": command.name, "arguments": command.arguments,
-        "id": command.message_id, "epoch": command.epoch, "hops": command.hops, "expires_ms": command.expires_ms,
+        "id": command.message_id, "epoch": command.epoch if epoch is None else epoch, "hops": command.hops,
+        "expires_ms": command.expires_ms if expires_ms is None else expires_ms,
     }  # fmt: skip
     if command.session:
         document |= {"session": command.session, "number": command.number, "after": command.after}
     if command.linearizable:
         document["linearizable"] = True
-    return document
+    return orjson.dumps(document)
 
 
 def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
     _check_size(len(payload), max_bytes)
-    document = _object(payload, "command", nesting=jsonlike.MAX_NESTING)  # or it could not be forwarded
-    get: Callable[..., Any] = document.get
-    actor, name, message_id, arguments = get("actor"), get("command"), get("id"), get("arguments")
-    epoch, hops, expires_ms = get("epoch", 0), get("hops", 0), get("expires_ms", 0)
-    if not (  # one look at all: to call something for each field takes longer than to read their JSON
-        type(actor) is type(name) is type(message_id) is str and type(arguments) is dict
-        and type(epoch) is type(hops) is type(expires_ms) is int and min(epoch, hops, expires_ms) >= 0
-    ):  # fmt: skip
-        _check_fields(document)
-    _check_names(name, message_id)
-    command = Command(ActorId.parse(actor), name, message_id, expires_ms, arguments, epoch, hops)
-    command.linearizable = get("linearizable") is True
-    if not document.keys().isdisjoint(_OF_SESSIONS):
-        command.session = _session(document)
-        command.number, command.after = _count(document, "number"), _count(document, "after")
+    try:
+        sent = _read_command(payload)
+        arguments = _read_arguments(bytes(sent.arguments))
+    except UNREADABLE as error:
+        raise InvalidInput(f"malformed command: {error}") from error
+    _check_names(sent.command, sent.id)
+    actor = ActorId.parse(sent.actor)
+    command = Command(actor, sent.command, sent.id, sent.expires_ms, arguments, sent.epoch, sent.hops)
+    command.linearizable = sent.linearizable
+    if sent.session or sent.number or sent.after:
+        opened_at(sent.session)
+        command.session, command.number, command.after = sent.session, sent.number, sent.after
     return command
 
 
-def _check_fields(document: dict[str, Any]) -> None:
-    """Raises InvalidInput naming the field of a command that is not what it has to be."""
-    for text in ("command", "id", "actor"):
-        _field(document, text, str)
-    _field(document, "arguments", dict)
-    for count in ("epoch", "hops", "expires_ms"):
-        _count(document, count)
-
-
-def _session(document: dict[str, Any]) -> str:
-    if "session" not in document:
-        raise InvalidInput("a command with a number, but without its session")
-    session: str = _field(document, "session", str)
-    opened_at(session)
-    return session
+def _read_arguments(text: bytes) -> dict[str, Any]:
+    """Raises ValueError for what could not be forwarded as well."""
+    if text == b"{}":
+        return {}
+    arguments = jsonlike.loads(text, nesting=jsonlike.MAX_NESTING - 1)
+    if type(arguments) is not dict:
+        raise ValueError("'arguments' are not an object")
+    return arguments
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -170,39 +184,16 @@ def encode_answer(answer: Answer) -> bytes:
 
 def decode_answer(payload: bytes) -> Answer:
     """Raises InvalidInput for anything that is not an answer."""
-    document = _object(payload, "answer")
-    owner, epoch = document.get("owner"), _count(document, "epoch")
-    if owner is not None:
-        check_node_id(_field(document, "owner", str))  # the next attempt's subject will name it
-    if "moved" in document:
-        moved = Moved(_field(document, "moved", str), owner=owner, epoch=epoch)
-        return Answer(error=moved, owner=owner, epoch=epoch)
-    if "error" in document:
-        return Answer(error=errors.from_wire(_field(document, "error", dict)), owner=owner, epoch=epoch)
-    if "value" not in document:
-        raise InvalidInput("answer with neither a value nor an error")
-    return Answer(document["value"], None, owner, epoch)
-
-
-def _object(payload: bytes, what: str, *, nesting: int = jsonlike.MAX_NESTING + jsonlike.CARRIED) -> dict[str, Any]:
     try:
-        document = jsonlike.loads(payload, nesting=nesting)
-    except ValueError as error:
-        raise InvalidInput(f"{what} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{what} is not a JSON object")
-    return document
-
-
-def _field(document: dict[str, Any], name: str, kind: type) -> Any:
-    value = document.get(name)
-    if not isinstance(value, kind):
-        raise InvalidInput(f"{name!r} is missing or not of type {kind.__name__}")
-    return value
-
-
-def _count(document: dict[str, Any], name: str) -> int:
-    value = document.get(name, 0)
-    if type(value) is not int or value < 0:  # a bool is an int as well
-        raise InvalidInput(f"{name!r} must be a whole number, 0 or more")
-    return value
+        sent = _read_answer(payload)
+        if sent.owner is not None:
+            check_node_id(sent.owner)  # the next attempt's subject will name it
+        if sent.moved is not None:
+            return Answer(None, Moved(sent.moved, owner=sent.owner, epoch=sent.epoch), sent.owner, sent.epoch)
+        if text := bytes(sent.value):
+            return Answer(jsonlike.loads(text), None, sent.owner, sent.epoch)
+        if type(error := jsonlike.loads(bytes(sent.error))) is not dict:
+            raise ValueError("neither a value nor an error")
+        return Answer(None, errors.from_wire(error), sent.owner, sent.epoch)
+    except UNREADABLE as problem:
+        raise InvalidInput(f"malformed answer: {problem}") from problem

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
+
 from routing.errors import FerryError
 
 
-@dataclass(slots=True)  # one for each message: see routing.envelope.Command
-class Message:
+class Message(Struct):  # one for each message: see routing.envelope.Command
     """A message as delivered to a subscriber. `reply` is empty when nobody waits for an answer."""
 
     subject: str
@@ -22,8 +23,7 @@ class Message:
     reply: str = ""
 
 
-@dataclass(slots=True)  # one for each message: see routing.envelope.Command
-class Entry:
+class Entry(Struct):  # one for each message: see routing.envelope.Command
     """A message as stored in a stream. `removed` marks a deletion or expiry; its payload is empty then."""
 
     sequence: int

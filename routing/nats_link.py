@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
+from msgspec import Struct
+from msgspec.json import Decoder
 
 from routing.errors import (
     HANDLER_ERRORS,
@@ -25,6 +27,7 @@ from routing.errors import (
     Unavailable,
     WrongSequence,
 )
+from routing.jsonlike import UNREADABLE, Count
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
 from routing.logs import get_logger
 from routing.nats_connection import NatsConnection, Registration
@@ -52,6 +55,16 @@ _STREAM_EXISTS = 10058
 _DIRECT = "allow_direct"
 
 
+class _Acknowledgement(Struct):
+    """The server's answer to an append."""
+
+    seq: Count = 0  # counted from 1
+    error: dict[str, Any] | None = None
+
+
+_read_acknowledgement = Decoder(_Acknowledgement).decode
+
+
 class NatsLink:
     """One connection to NATS, as `routing.link.Link` describes it. Make it with `connect`.
 
@@ -63,7 +76,8 @@ class NatsLink:
         self.in_doubt = False
         self._watches: set[_LinkWatch] = set()
         self._direct: dict[str, float] = {}  # streams that allow direct gets -> not before when, on the loop's clock
-        self.answer, self.takes_more = connection.answer, connection.takes_more  # not even a call more: every command's
+        # Every command's: not even a call more.
+        self.request, self.answer, self.takes_more = connection.request, connection.answer, connection.takes_more
 
     @classmethod
     async def connect(
@@ -121,9 +135,6 @@ class NatsLink:
     # -- messages --------------------------------------------------------------------------------------------------
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         await self._connection.publish(subject, payload, reply=reply)
-
-    async def request(self, subject: str, payload: bytes, *, timeout_s: float, alone: bool = False) -> bytes:
-        return await self._connection.request(subject, payload, timeout_s=timeout_s, alone=alone)
 
     async def subscribe(self, subject: str, handler: Handler) -> _LinkSubscription:
         connection = self._connection
@@ -322,11 +333,13 @@ async def _check_jetstream(connection: NatsConnection, timeout_s: float) -> None
 def _sequence_in(subject: str, expected: int | None, acknowledged: bytes) -> int:
     """The sequence in the answer to an append. Raises what `Link.append` does where that is a refusal, or none."""
     try:
-        answer = orjson.loads(acknowledged)
-        if "error" in answer:
-            raise _append_refused(subject, expected, answer["error"])
-        return int(answer["seq"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        answer = _read_acknowledgement(acknowledged)
+        if answer.error is not None:
+            raise _append_refused(subject, expected, answer.error)
+        if not answer.seq:
+            raise ValueError("no sequence")
+        return answer.seq
+    except UNREADABLE as error:
         raise InDoubt(f"unreadable acknowledgement {acknowledged[:80]!r} for {subject}: read again") from error
 
 

@@ -104,9 +104,10 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        if not _is_subject(subject) or (reply and not _is_subject(reply)):
-            raise nats_errors.BadSubjectError
-        way, size = f"{subject} {reply}".encode(), len(payload)
+        words = f"{subject} {reply}"
+        if not (words.isprintable() and subject and words.count(" ") == 1):  # nearly all are: then neither is blank
+            _check_subjects(subject, reply)
+        way, size = words.encode(), len(payload)
         if headers:
             head = len(headers) + HEADERS_BYTES
             self._gather(b"HPUB %b %d %d\r\n%b%b\r\n%b\r\n" % (way, head, head + size, _VERSION, headers, payload))
@@ -207,9 +208,12 @@ def _line(line: bytes) -> tuple[bytes, bytes, bytes, int, int]:
 
 
 def _is_subject(text: str) -> bool:
-    if text.isprintable() and " " not in text:  # nearly all are: then none of it is blank
-        return text != ""
-    return _BLANK.search(text) is None
+    return text != "" and _BLANK.search(text) is None
+
+
+def _check_subjects(subject: str, reply: str) -> None:
+    if not _is_subject(subject) or (reply and not _is_subject(reply)):
+        raise nats_errors.BadSubjectError
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

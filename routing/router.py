@@ -8,9 +8,10 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from numbers import Real
 from typing import Any
+
+from msgspec.structs import replace
 
 from routing.address import ActorId, NodeId
 from routing.directory import Directory, MapEntry

@@ -230,19 +230,28 @@ def _copied(first: bytes, rest: memoryview) -> bytes:
 
 def split(payload: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
     """The inverse of `join`. Raises InvalidInput."""
+    line, body = split_line(payload)
+    return header_in(line), body
+
+
+def split_line(payload: bytes | bytearray) -> tuple[bytes, bytes]:
+    """The line of JSON and the body, neither of them read."""
     end = payload.find(b"\n") + 1 or len(payload)
     if end == len(payload):
-        line, body = bytes(payload), b""
-    else:
-        line, rest = bytes(payload[:end]), memoryview(payload)[end:]
-        body = bytes(rest) if len(rest) <= PIECE_BYTES else _copied(b"", rest)
+        return bytes(payload), b""
+    rest = memoryview(payload)[end:]
+    return bytes(payload[:end]), bytes(rest) if len(rest) <= PIECE_BYTES else _copied(b"", rest)
+
+
+def header_in(line: bytes) -> dict[str, Any]:
+    """Raises InvalidInput for anything but a JSON object."""
     try:
         header = jsonlike.loads(line)
     except ValueError as error:
         raise InvalidInput(f"header {line[:80]!r} is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise InvalidInput(f"header {line[:80]!r} is not a JSON object")
-    return header, body
+    return header
 
 
 def frame_header(frame: Frame) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from routing.envelope import Answer, Command
 
 
-@dataclass(slots=True)  # one for each message: see Command
-class Delivery:
+class Delivery(Struct):  # one for each message: see Command
     """One command, how it came here, and where its answer goes: a reply subject or a local future.
 
     A forwarded delivery keeps its reply subject, so the answer goes straight to the caller however often it moved.
@@ -19,7 +19,7 @@ class Delivery:
     size_bytes: int = 0
     subject: str = ""  # it came by
     reply: str = ""
-    future: asyncio.Future[Answer] | None = field(default=None, repr=False)
+    future: asyncio.Future[Answer] | None = None
 
     @property
     def sender(self) -> str:

@@ -18,18 +18,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, assert_never
+from typing import Annotated, Any, ClassVar, assert_never
 
+from msgspec import Meta, Raw, Struct
+from msgspec.json import Decoder
+
+from routing import jsonlike
 from routing.address import IDS_RECALLED, ActorId, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
-from routing.jsonlike import shown
+from routing.jsonlike import UNREADABLE, Count, shown
 from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
-from runtime.codec import Frame, aside, frame_header, frame_of, join, number, numbers, sequence, split, text
+from runtime.codec import Frame, aside, frame_header, frame_of, header_in, join, numbers, split_line
 from runtime.memory import check_memory
 from runtime.turn import Turn
 
@@ -47,11 +51,10 @@ class Kind(StrEnum):
 
 _SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
 _EVENT = [str, dict]
-_KINDS = {kind.value: kind for kind in Kind}
+_Id = Annotated[str, Meta(min_length=1)]
 
 
-@dataclass(slots=True)  # one for each append: see Command
-class Record:
+class Record(Struct):  # one for each append: see Command
     """One message of an actor's log, without its sequence."""
 
     kind: Kind
@@ -61,13 +64,54 @@ class Record:
     message_id: str = ""
     session: str = ""
     number: int = 0
-    events: list[list[Any]] = field(default_factory=list)
+    events: list[list[Any]] = []
     reply: Any = None
     error: dict[str, Any] | None = None
     frame: Frame | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = {}
     piece: bytes = b""
     pieces: tuple[int, ...] = ()  # of a snapshot: what it says is there, and it has neither frame nor memory itself
+
+
+class _Entry(Struct, tag_field="kind"):
+    """The header of an entry as it is read; the application's values in it are `jsonlike`'s to read."""
+
+    kind: ClassVar[Kind]
+    epoch: Count
+    incarnation: str
+    trail: tuple[Count, ...]
+
+
+class _Command(_Entry, tag="command"):
+    kind = Kind.COMMAND
+    id: _Id
+    events: Raw
+    reply: Raw
+    session: str = ""
+    number: Count = 0
+
+
+class _Rejection(_Entry, tag="rejection"):
+    kind = Kind.REJECTION
+    id: _Id
+    error: Raw
+    session: str = ""
+    number: Count = 0
+
+
+class _Claim(_Entry, tag="claim"):
+    kind = Kind.CLAIM
+
+
+class _Snapshot(_Entry, tag="snapshot"):
+    kind = Kind.SNAPSHOT
+
+
+class _Piece(_Entry, tag="piece"):
+    kind = Kind.PIECE
+
+
+_read_entry = Decoder(_Command | _Rejection | _Claim | _Snapshot | _Piece).decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,46 +290,56 @@ def encode_record(record: Record) -> bytes:
 def decode_record(payload: bytes) -> Record:
     """Raises StateNotPortable for anything `encode_record` of this or an older version did not write."""
     try:
-        header, body = split(payload)
-        kind = _KINDS[text(header, "kind")]
-        record = Record(kind, number(header, "epoch"), text(header, "incarnation"), numbers(header, "trail"))
-        match kind:
-            case Kind.COMMAND:
-                record.message_id, record.session, record.number = _command_of(header)
-                record.events, record.reply = [_event(entry) for entry in sequence(header, "events")], header["reply"]
-            case Kind.REJECTION:
-                record.message_id, record.session, record.number = _command_of(header)
-                record.error = _error(header)
-            case Kind.PIECE:
+        line, body = split_line(payload)
+        entry = _read_entry(line)
+        record = Record(entry.kind, entry.epoch, entry.incarnation, entry.trail)
+        match entry:
+            case _Command():
+                _answers(record, entry)
+                record.events, record.reply = _events(bytes(entry.events)), jsonlike.loads(bytes(entry.reply))
+            case _Rejection():
+                _answers(record, entry)
+                record.error = _error(bytes(entry.error))
+            case _Piece():
                 record.piece = body
-            case Kind.SNAPSHOT if "pieces" in header:
-                if not (pieces := numbers(header, "pieces")):
-                    raise InvalidInput("a snapshot in no pieces")
-                record.pieces = pieces
-            case Kind.SNAPSHOT:
-                record.memory, record.frame = check_memory(header.get("memory")), frame_of(header, body)
-            case Kind.CLAIM:
+            case _Snapshot():
+                _replaces(record, header_in(line), body)
+            case _Claim():
                 pass
             case _:
-                assert_never(kind)
+                assert_never(entry)
         return record
-    except (InvalidInput, KeyError) as error:
+    except (InvalidInput, *UNREADABLE) as error:
         raise StateNotPortable(
             f"log entry {payload[:80]!r} cannot be read by this version: {shown(error, 200)}"
         ) from error
 
 
-def _command_of(header: dict[str, Any]) -> tuple[str, str, int]:
-    """(id, session, number) of the command that an entry answers."""
-    if not (message_id := text(header, "id")):
-        raise InvalidInput("the entry of a command without the command's id")
-    if "session" not in header:
-        return message_id, "", 0
-    session = text(header, "session")
-    opened_at(session)
-    if (place := number(header, "number")) < 1:
-        raise InvalidInput("the commands of a session are numbered from 1")
-    return message_id, session, place
+def _answers(record: Record, entry: _Command | _Rejection) -> None:
+    """Say which command it is that the entry answers."""
+    record.message_id = entry.id
+    if entry.session:
+        opened_at(entry.session)
+        if entry.number < 1:
+            raise InvalidInput("the commands of a session are numbered from 1")
+        record.session, record.number = entry.session, entry.number
+
+
+def _replaces(record: Record, header: dict[str, Any], body: bytes) -> None:
+    """Say what the snapshot puts in the place of all before it."""
+    if "pieces" not in header:
+        record.memory, record.frame = check_memory(header.get("memory")), frame_of(header, body)
+        return
+    record.pieces = numbers(header, "pieces")
+    if not record.pieces:
+        raise InvalidInput("a snapshot in no pieces")
+
+
+def _events(text: bytes) -> list[list[Any]]:
+    events = jsonlike.loads(text)
+    if type(events) is not list:
+        raise InvalidInput(f"{shown(events)} are no events: expected a list")
+    return [_event(event) for event in events]
 
 
 def _event(entry: Any) -> list[Any]:
@@ -294,8 +348,8 @@ def _event(entry: Any) -> list[Any]:
     return entry
 
 
-def _error(header: dict[str, Any]) -> dict[str, Any]:
-    error = header.get("error")
-    if not isinstance(error, dict):
+def _error(text: bytes) -> dict[str, Any]:
+    error = jsonlike.loads(text)
+    if type(error) is not dict:
         raise InvalidInput(f"rejection with {shown(error)} for its error")
     return error

@@ -26,6 +26,7 @@ from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.actor")
 
+_COMMAND = Kind.COMMAND  # to look a member up on its class takes a while
 SMALL_BYTES = 16 * 1024  # to encode so much, or to pack it as well, takes tens of microseconds, an append hundreds
 
 
@@ -131,8 +132,7 @@ class LiveActor:
 
     def _begin(self, command: Command, epoch: int, incarnation: str) -> Record:
         self.dirty = True
-        of = command.message_id, command.session, command.number
-        return Record(Kind.COMMAND, epoch, incarnation, self.trail, *of)
+        return Record(_COMMAND, epoch, incarnation, self.trail, command.message_id, command.session, command.number)
 
     def _decided(self, record: Record, reply: Any) -> Record:
         """Raises StateNotPortable."""

@@ -1,4 +1,4 @@
-"""Valid values of every message and stored document, made from their dataclasses; and bytes that are anything but.
+"""Valid values of every message and stored document, made from their classes; and bytes that are anything but.
 
 A field is drawn by its name where the name says more than its type, so that a new field of a message is covered here
 as soon as it exists.
@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 from hypothesis import strategies as st
+from msgspec import Struct, structs
 
 from routing import errors
 from routing.address import ActorId
@@ -114,7 +115,8 @@ _ACTOR_ID_TEXT = ACTOR_IDS.map(str)
 def valid(cls: type) -> st.SearchStrategy[Any]:
     """Instances of a message or record that its own code can have made."""
     hints = typing.get_type_hints(cls)
-    drawn = {field.name: _field(field.name, hints[field.name]) for field in fields(cls)}
+    names = cls.__struct_fields__ if issubclass(cls, Struct) else [field.name for field in fields(cls)]
+    drawn = {name: _field(name, hints[name]) for name in names}
     return st.fixed_dictionaries(drawn).map(lambda values: _consistent(cls(**values)))
 
 
@@ -149,11 +151,11 @@ def _consistent(value: Any) -> Any:
     """The fields that only make sense together."""
     match value:
         case Command():
-            return value if value.session else replace(value, number=0, after=0)
+            return value if value.session else structs.replace(value, number=0, after=0)
         case Answer(error=errors.Moved() as moved):
-            return replace(value, value=None, owner=moved.owner, epoch=moved.epoch)
+            return structs.replace(value, value=None, owner=moved.owner, epoch=moved.epoch)
         case Answer():
-            return replace(value, value=None) if value.error else value
+            return structs.replace(value, value=None) if value.error else value
         case Ownership():
             epoch = max(1, value.epoch)
             last = value.last and replace(value.last, epoch=1 + value.last.epoch % epoch)
