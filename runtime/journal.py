@@ -50,7 +50,6 @@ class Kind(StrEnum):
 
 
 _SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
-_EVENT = [str, dict]
 _Id = Annotated[str, Meta(min_length=1)]
 
 
@@ -339,13 +338,10 @@ def _events(text: bytes) -> list[list[Any]]:
     events = jsonlike.loads(text)
     if type(events) is not list:
         raise InvalidInput(f"{shown(events)} are no events: expected a list")
-    return [_event(event) for event in events]
-
-
-def _event(entry: Any) -> list[Any]:
-    if type(entry) is not list or [type(part) for part in entry] != _EVENT:
-        raise InvalidInput(f"{shown(entry)} is no event: expected [name, values]")
-    return entry
+    for event in events:
+        if not (type(event) is list and len(event) == 2 and type(event[0]) is str and type(event[1]) is dict):
+            raise InvalidInput(f"{shown(event)} is no event: expected [name, values]")
+    return events
 
 
 def _error(text: bytes) -> dict[str, Any]:
