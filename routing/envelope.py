@@ -190,10 +190,12 @@ def decode_answer(payload: bytes) -> Answer:
             check_node_id(sent.owner)  # the next attempt's subject will name it
         if sent.moved is not None:
             return Answer(None, Moved(sent.moved, owner=sent.owner, epoch=sent.epoch), sent.owner, sent.epoch)
-        if text := bytes(sent.value):
-            return Answer(jsonlike.loads(text), None, sent.owner, sent.epoch)
-        if type(error := jsonlike.loads(bytes(sent.error))) is not dict:
+        if text := bytes(sent.error):
+            if type(error := jsonlike.loads(text)) is not dict:
+                raise ValueError("'error' is not an object")
+            return Answer(None, errors.from_wire(error), sent.owner, sent.epoch)
+        if not (text := bytes(sent.value)):
             raise ValueError("neither a value nor an error")
-        return Answer(None, errors.from_wire(error), sent.owner, sent.epoch)
+        return Answer(jsonlike.loads(text), None, sent.owner, sent.epoch)
     except UNREADABLE as problem:
         raise InvalidInput(f"malformed answer: {problem}") from problem

@@ -39,10 +39,10 @@ def entry_in_document(stream: str, answered: bytes) -> Entry | None:
 
 def entry_in_message(headers: bytes, payload: bytes) -> Entry | None:
     """What DIRECT.GET answered. None where that replica has no such message."""
-    _, told, place = headers.rpartition(_SUBJECT)  # the server's words stand behind those of who published the message
-    subject, _, place = place.partition(_SEQUENCE)
+    told = headers.rfind(_SUBJECT)  # the server's words stand behind those of who published the message
+    subject, _, place = headers[told + len(_SUBJECT) :].partition(_SEQUENCE)
     sequence, _, _ = place.partition(b"\r\n")
-    if not told or not sequence.isdigit():  # a status, such as "no message found"
+    if told < 0 or not sequence.isdigit():  # a status, such as "no message found"
         return None
     return stored_entry(int(sequence), subject.decode(errors="replace"), payload, headers)
 

@@ -84,7 +84,8 @@ class Router:
             None if bare else self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
         )
         if self._local is not None and not linearizable:
-            check_timeout(timeout_s)
+            if type(timeout_s) is not float or not 0 < timeout_s < LONGEST_S:  # not even a call where all is well
+                check_timeout(timeout_s)
             self._asked_here += 1
             if not 1 < self._asked_here <= TURN:
                 await self._turn()

@@ -146,7 +146,8 @@ class StagedActors:
                     arriving.data = None
                     if self._clock() >= until_s:
                         break
-                    await turn.over()  # decoding a large shard must not hold up the commands of others
+                    if turn.over():  # decoding a large shard must not hold up the commands of others
+                        await turn.next()
         return sum(1 for arriving in staging.actors.values() if arriving.live is not None)
 
     async def _decode(self, move: str, arriving: _Arriving) -> LiveActor:

@@ -97,7 +97,8 @@ class CatchUp:
         turn = Turn(asyncio.get_running_loop().time)
         for _, record in history.records:
             replay(live.instance, live.memory, record)
-            if await turn.over():
+            if turn.over():
+                await turn.next()
                 still_alone()
         live.stand_at(
             live.instance, live.memory, version=history.version, epoch=history.epoch,

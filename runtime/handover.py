@@ -230,7 +230,8 @@ class Handover:
             outgoing.held_bytes += leaving[-1].held_bytes
             self._check_room(outgoing)
             await leaving[-1].take_digest()
-            if await turn.over():
+            if turn.over():
+                await turn.next()
                 still_alone()
         return leaving
 
@@ -257,7 +258,8 @@ class Handover:
                 for index, one in enumerate(outgoing.leaving):
                     outgoing.held_bytes += await one.encode(self._settings.max_state_bytes)
                     rows.append(one.row(index))
-                    await turn.over()  # let commands of other shards run
+                    if turn.over():  # let commands of other shards run
+                        await turn.next()
                 outgoing.rows = rows
         answered = [
             {

@@ -237,7 +237,8 @@ class Journal:
             if len(record.trail) != place or record.trail[-1:] != last.trail[max(place - 1, 0) : place]:
                 raise self._damaged(actor, entry)
             records.append((entry.sequence, record))
-            await turn.over()  # a long log must not hold up the commands of others
+            if turn.over():  # a long log must not hold up the commands of others
+                await turn.next()
         return records
 
     async def _read(self, actor: ActorId, sequences: Sequence[int], at_once: int) -> list[Entry] | None:

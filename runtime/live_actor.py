@@ -79,7 +79,8 @@ class LiveActor:
                 memory = Memory.from_document(record.memory, limits)
             else:
                 replay(instance, memory, record)
-            if await turn.over():
+            if turn.over():
+                await turn.next()
                 still_alone()
         self.stand_at(instance, memory, version=history.version, epoch=history.epoch, trail=history.trail)
 

@@ -67,7 +67,8 @@ class Precopy:
 
         for live in self.candidates(unit):
             leaving = await self._prepared(live, outgoing)
-            await self._turn.over()
+            if self._turn.over():
+                await self._turn.next()
             goes_on()
             if leaving is not None:
                 outgoing.precopied[live.actor_id] = leaving

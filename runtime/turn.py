@@ -9,7 +9,7 @@ TURN_S = 0.0005  # others wait at most so long for each piece of work; to yield 
 
 
 class Turn:
-    """One piece of work's turn on the event loop. Await `over()` wherever it may be interrupted."""
+    """One piece of work's turn on the event loop: ask whether it is `over` wherever the work may be interrupted."""
 
     __slots__ = ("_clock", "_ends_s")
 
@@ -17,10 +17,11 @@ class Turn:
         self._clock = clock
         self._ends_s = clock() + TURN_S
 
-    async def over(self) -> bool:
-        """Let others run when this turn has lasted long enough. True when they did: look again before going on."""
-        if self._clock() < self._ends_s:
-            return False
+    def over(self) -> bool:
+        """Whether the work has lasted long enough for now."""
+        return self._clock() >= self._ends_s
+
+    async def next(self) -> None:
+        """Let others run and begin the next turn: what they can change is to be looked at again."""
         await asyncio.sleep(0)
         self._ends_s = self._clock() + TURN_S
-        return True
