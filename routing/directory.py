@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 from routing import shard_map
-from routing.address import IDS_RECALLED, ActorId, NodeId, shard_of
+from routing.address import ActorId, NodeId, Recalled, shard_of
 from routing.documents import decode_ownership, encode_ownership
 from routing.errors import InDoubt, InvalidInput, NotApplicable, Unavailable, WrongSequence
 from routing.link import Entry, Link, Subscription
@@ -59,12 +58,8 @@ class Directory:
         self._observers: list[Callable[[str, MapEntry], None]] = []
         self._watch: Subscription | None = None
         self._awaited: dict[str, asyncio.Event] = {}
-
-        @lru_cache(maxsize=IDS_RECALLED)
-        def shard_unit_of(actor: ActorId) -> str:
-            return shard_key(shard_of(actor, shards_total))
-
-        self.shard_unit_of = shard_unit_of  # for an actor: its shard's name, whether it has a key of its own or not
+        self._units = Recalled(self._work_out_unit)
+        self.unit_of: Callable[[ActorId], str] = self._units.__getitem__  # the unit of ownership an actor belongs to
 
     async def start(self) -> None:
         """Follow the map. Returns once the local copy is complete. Raises Timeout, Unavailable."""
@@ -80,11 +75,12 @@ class Directory:
         self._observers.append(observer)
 
     # -- reading ---------------------------------------------------------------------------------------------------
-    def unit_of(self, actor: ActorId) -> str:
-        """The unit of ownership an actor belongs to."""
-        if self._apart and (unit := self._apart.get(actor)) is not None:
-            return unit
-        return self.shard_unit_of(actor)
+    def shard_unit_of(self, actor: ActorId) -> str:
+        """The unit that an actor's shard is, whether the actor has a key of its own or not."""
+        return shard_key(shard_of(actor, self.shards_total))
+
+    def _work_out_unit(self, actor: ActorId) -> str:
+        return self._apart.get(actor) or self.shard_unit_of(actor)
 
     def counts(self, unit: str) -> bool:
         """Whether what is known of a unit's key says who owns it: a shard's always does, an actor's as said above."""
@@ -247,6 +243,7 @@ class Directory:
         """Remember which actors' own keys count by a shard's latest value; returns those for which that has changed."""
         if before == after:
             return []
+        self._units.clear()
         changed = []
         for text in sorted({actor for actor, _ in {*before} ^ {*after}}):
             actor, epoch = ActorId.parse(text), dict(after).get(text)

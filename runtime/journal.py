@@ -20,14 +20,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, assert_never
 
 from msgspec import Meta, Raw, Struct
 from msgspec.json import Decoder
 
 from routing import jsonlike
-from routing.address import IDS_RECALLED, ActorId, shard_of
+from routing.address import ActorId, Recalled, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
 from routing.jsonlike import UNREADABLE, Count, shown
 from routing.link import Appended, Entry, Link
@@ -133,12 +132,11 @@ class Journal:
         self._link, self._timeout_s = link, append_timeout_s
         self.takes_more = link.takes_more  # whether an append would leave now, not wait for what was sent before
 
-        @lru_cache(maxsize=IDS_RECALLED)
         def place_of(actor: ActorId) -> tuple[str, str]:
             shard = shard_of(actor, shards_total)
             return subjects.log_of(shard), subjects.events(shard, actor)
 
-        self._place_of = place_of  # (stream, subject) of an actor's log
+        self._places = Recalled(place_of)  # (stream, subject) of an actor's log
 
     async def append(self, actor: ActorId, record: Record, *, after: int) -> int:
         """Store `record` after version `after`; returns the new version.
@@ -146,7 +144,7 @@ class Journal:
         Raises WrongSequence (read the tail, then decide again), InDoubt (as well: it may land even later),
         Unavailable (nothing was stored), PayloadTooLarge.
         """
-        _, subject = self._place_of(actor)
+        _, subject = self._places[actor]
         return await self._link.append(
             subject, encode_record(record), expected=after, timeout_s=self._timeout_s,
             rollup=record.kind is _SNAPSHOT and not record.pieces,
@@ -154,17 +152,17 @@ class Journal:
 
     async def append_snapshot(self, actor: ActorId, whole: bytes, *, after: int) -> int:
         """As `append`, for a snapshot that `encode_record` has been asked for already, to see how large it is."""
-        _, subject = self._place_of(actor)
+        _, subject = self._places[actor]
         return await self._link.append(subject, whole, expected=after, timeout_s=self._timeout_s, rollup=True)
 
     async def forget(self, actor: ActorId, *, before: int) -> None:
         """Remove what a snapshot in pieces has replaced. Raises Timeout, Unavailable."""
-        stream, subject = self._place_of(actor)
+        stream, subject = self._places[actor]
         await self._link.purge(stream, subject, before=before, timeout_s=self._timeout_s)
 
     def append_then(self, actor: ActorId, record: Record, *, after: int, then: Appended) -> None:
         """As `append`, without anybody who waits; see Link.append_then."""
-        _, subject = self._place_of(actor)
+        _, subject = self._places[actor]
         self._link.append_then(
             subject, encode_record(record), expected=after, timeout_s=self._timeout_s, then=then,
             rollup=record.kind is _SNAPSHOT,
@@ -172,7 +170,7 @@ class Journal:
 
     async def tail(self, actor: ActorId) -> tuple[int, Record] | None:
         """The last message of the actor's log, from the leader. Raises Timeout, Unavailable, StateNotPortable."""
-        stream, subject = self._place_of(actor)
+        stream, subject = self._places[actor]
         entry = await self._link.last(stream, subject, timeout_s=self._timeout_s)
         return None if entry is None else (entry.sequence, decode_record(entry.payload))
 
@@ -243,7 +241,7 @@ class Journal:
 
     async def _read(self, actor: ActorId, sequences: Sequence[int], at_once: int) -> list[Entry] | None:
         """The messages of an actor's log at `sequences`; None when one was removed."""
-        stream, subject = self._place_of(actor)
+        stream, subject = self._places[actor]
         entries = []
         for first in range(0, len(sequences), at_once):
             wanted = sequences[first : first + at_once]
@@ -256,7 +254,7 @@ class Journal:
         return entries
 
     def _damaged(self, actor: ActorId, entry: Entry) -> StateNotPortable:
-        stream, _ = self._place_of(actor)
+        stream, _ = self._places[actor]
         return StateNotPortable(
             f"log of {actor} names message {entry.sequence} of stream {stream}, and what is read there is another:"
             " a replica is damaged, or the stream was restored in part"
