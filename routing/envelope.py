@@ -62,7 +62,7 @@ class Answer(Struct):
 
 
 class _SentCommand(Struct):
-    """A command as it travels. What it says beyond this is a newer version's."""
+    """A command as it travels. What it says beyond this is a newer version's, and nobody looks at it."""
 
     actor: str
     command: str
@@ -78,11 +78,11 @@ class _SentCommand(Struct):
 
 
 class _SentAnswer(Struct):
-    """An answer as it travels: with exactly one of the first three, which the others belong to."""
+    """An answer as it travels: the first that is there of moved, error and value is what it says."""
 
-    value: Raw = Raw()
     moved: str | None = None
     error: Raw = Raw()
+    value: Raw = Raw()
     owner: str | None = None
     epoch: Count = 0
 
@@ -147,7 +147,7 @@ def encode_command(command: Command, *, epoch: int | None = None, expires_ms: in
 
 
 def decode_command(payload: bytes, *, max_bytes: int) -> Command:
-    """Raises InvalidInput naming the field for anything malformed, PayloadTooLarge over `max_bytes`."""
+    """Raises InvalidInput for anything malformed, PayloadTooLarge over `max_bytes`."""
     _check_size(len(payload), max_bytes)
     try:
         sent = _read_command(payload)
@@ -159,6 +159,8 @@ def decode_command(payload: bytes, *, max_bytes: int) -> Command:
     command = Command(actor, sent.command, sent.id, sent.expires_ms, arguments, sent.epoch, sent.hops)
     command.linearizable = sent.linearizable
     if sent.session or sent.number or sent.after:
+        if not sent.session:
+            raise InvalidInput("a command with a number, but without its session")
         opened_at(sent.session)
         command.session, command.number, command.after = sent.session, sent.number, sent.after
     return command
@@ -196,6 +198,6 @@ def decode_answer(payload: bytes) -> Answer:
             return Answer(None, errors.from_wire(error), sent.owner, sent.epoch)
         if not (text := bytes(sent.value)):
             raise ValueError("neither a value nor an error")
-        return Answer(jsonlike.loads(text), None, sent.owner, sent.epoch)
+        return Answer(jsonlike.loads(text, nesting=jsonlike.MAX_NESTING), None, sent.owner, sent.epoch)
     except UNREADABLE as problem:
         raise InvalidInput(f"malformed answer: {problem}") from problem

@@ -104,10 +104,7 @@ class WireClient(Client):
 
         Raises BadSubjectError, UnicodeEncodeError, and ConnectionClosedError, when nothing was sent.
         """
-        words = f"{subject} {reply}"
-        if not (words.isprintable() and subject and words.count(" ") == 1):  # nearly all are: then neither is blank
-            _check_subjects(subject, reply)
-        way, size = words.encode(), len(payload)
+        way, size = _way(subject, reply), len(payload)
         if headers:
             head = len(headers) + HEADERS_BYTES
             self._gather(b"HPUB %b %d %d\r\n%b%b\r\n%b\r\n" % (way, head, head + size, _VERSION, headers, payload))
@@ -211,9 +208,14 @@ def _is_subject(text: str) -> bool:
     return text != "" and _BLANK.search(text) is None
 
 
-def _check_subjects(subject: str, reply: str) -> None:
-    if not _is_subject(subject) or (reply and not _is_subject(reply)):
+def _way(subject: str, reply: str) -> bytes:
+    """Where a message goes and its answer, as the server reads it. Raises BadSubjectError, UnicodeEncodeError."""
+    words = f"{subject} {reply}"
+    if not (subject and words.isprintable() and words.count(" ") == 1) and (  # nearly all are: then neither has a blank
+        not _is_subject(subject) or (reply and not _is_subject(reply))
+    ):
         raise nats_errors.BadSubjectError
+    return words.encode()
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

@@ -28,7 +28,7 @@ from msgspec.json import Decoder
 from routing import jsonlike
 from routing.address import ActorId, Recalled, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
-from routing.jsonlike import UNREADABLE, Count, shown
+from routing.jsonlike import MAX_NESTING, UNREADABLE, Count, shown
 from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
@@ -48,8 +48,9 @@ class Kind(StrEnum):
     PIECE = "piece"
 
 
+EVENT_NESTING = 2  # levels around an event's values: it is a list in a list
+
 _SNAPSHOT = Kind.SNAPSHOT  # to look a member up on its class takes a while
-_Id = Annotated[str, Meta(min_length=1)]
 
 
 class Record(Struct):  # one for each append: see Command
@@ -80,21 +81,23 @@ class _Entry(Struct, tag_field="kind"):
     trail: tuple[Count, ...]
 
 
-class _Command(_Entry, tag="command"):
+class _Answered(_Entry, kw_only=True):
+    """What a command has come to."""
+
+    id: Annotated[str, Meta(min_length=1)]
+    session: str = ""
+    number: Count = 0
+
+
+class _Command(_Answered, tag="command"):
     kind = Kind.COMMAND
-    id: _Id
     events: Raw
     reply: Raw
-    session: str = ""
-    number: Count = 0
 
 
-class _Rejection(_Entry, tag="rejection"):
+class _Rejection(_Answered, tag="rejection"):
     kind = Kind.REJECTION
-    id: _Id
     error: Raw
-    session: str = ""
-    number: Count = 0
 
 
 class _Claim(_Entry, tag="claim"):
@@ -294,7 +297,8 @@ def decode_record(payload: bytes) -> Record:
         match entry:
             case _Command():
                 _answers(record, entry)
-                record.events, record.reply = _events(bytes(entry.events)), jsonlike.loads(bytes(entry.reply))
+                record.events = _events(bytes(entry.events))
+                record.reply = jsonlike.loads(bytes(entry.reply), nesting=MAX_NESTING)
             case _Rejection():
                 _answers(record, entry)
                 record.error = _error(bytes(entry.error))
@@ -313,10 +317,10 @@ def decode_record(payload: bytes) -> Record:
         ) from error
 
 
-def _answers(record: Record, entry: _Command | _Rejection) -> None:
+def _answers(record: Record, entry: _Answered) -> None:
     """Say which command it is that the entry answers."""
     record.message_id = entry.id
-    if entry.session:
+    if entry.session or entry.number:
         opened_at(entry.session)
         if entry.number < 1:
             raise InvalidInput("the commands of a session are numbered from 1")
@@ -334,7 +338,7 @@ def _replaces(record: Record, header: dict[str, Any], body: bytes) -> None:
 
 
 def _events(text: bytes) -> list[list[Any]]:
-    events = jsonlike.loads(text)
+    events = jsonlike.loads(text, nesting=MAX_NESTING + EVENT_NESTING)
     if type(events) is not list:
         raise InvalidInput(f"{shown(events)} are no events: expected a list")
     for event in events:

@@ -672,8 +672,13 @@ async def test_a_question_may_go_alone(nats_server: NatsServer, admin: Client) -
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"no", b"[]", b"null", b"{}", b'{"seq":null}', b'{"error":null}', b'{"error":"x"}']
-)
+    "text",
+    [
+        b"", b"no", b"[]", b"null", b"{}", b'{"seq":null}', b'{"error":null}', b'{"error":"x"}', b'{"seq":0}',
+        b'{"seq":-1}', b'{"seq":true}', b'{"seq":1.5}', b'{"seq":"3"}', b'{"seq":3,"error":[]}',
+        b'{"seq":4,"x":' + b"[" * 5_000,
+    ],
+)  # fmt: skip
 def test_an_acknowledgement_that_cannot_be_read_leaves_the_append_in_doubt(text: bytes) -> None:
     """Whoever is to be told is told something."""
     with pytest.raises(InDoubt):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import BadSubjectError, ConnectionClosedError
 
-from routing.nats_wire import WireClient, _is_subject, _Messages, headers_of
+from routing.nats_wire import WireClient, _Messages, _way, headers_of
 from tests.contract.waiting import WAIT_S
 
 if TYPE_CHECKING:
@@ -23,10 +23,17 @@ MESSAGES = st.tuples(SUBJECTS, st.sampled_from([b"", b"_INBOX.x.~1"]), st.binary
 LINES = st.sampled_from([b"PING\r\n", b"+OK\r\n", b'INFO {"server_id":"MSG a f1 0"}\r\n', b"-ERR 'slow'\r\n"])
 
 
-@given(st.text(st.characters() | st.sampled_from(" \t\r\n\x0b\x1c\x85\u2028\u3000")))
-def test_a_subject_has_no_blank_of_any_kind(text: str) -> None:
-    """The quick look agrees with the rule."""
-    assert _is_subject(text) == (text != "" and not any(character.isspace() for character in text))
+WORDS = st.text(st.characters(codec="utf-8") | st.sampled_from(" \t\r\n\x0b\x1c\x85\u2028\u200b\u3000"), max_size=8)
+
+
+@given(WORDS, WORDS)
+def test_neither_subject_nor_reply_has_a_blank_of_any_kind(subject: str, reply: str) -> None:
+    """The quick look at both agrees with the rule for each."""
+    if subject and not any(character.isspace() for character in subject + reply):
+        assert _way(subject, reply) == f"{subject} {reply}".encode()
+    else:
+        with pytest.raises(BadSubjectError):
+            _way(subject, reply)
 
 
 class Heard:

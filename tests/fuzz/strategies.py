@@ -136,7 +136,7 @@ def _of_type(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(_of_type(inner[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(_of_type(inner[0]), _of_type(inner[1]), max_size=2)
-    if is_dataclass(hint) and hint is not ActorId:
+    if is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Struct)):
         return valid(typing.cast("type", hint))
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return st.sampled_from(list(hint))

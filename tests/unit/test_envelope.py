@@ -12,8 +12,9 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from routing import control
+from routing import control, jsonlike
 from routing.address import ActorId
 from routing.control import MIGRATION_REQUEST, STEP_REQUEST, ManifestRow, MigrationRequest, StepRequest
 from routing.envelope import (
@@ -48,6 +49,13 @@ COMMANDS = st.builds(
     epoch=st.integers(0, 2**53),
     hops=st.integers(0, MAX_HOPS),
     expires_ms=st.integers(0, 2**53),
+    linearizable=st.booleans(),
+)
+IN_SESSIONS = st.builds(
+    lambda sent, number, after: replace(sent, session="5-00000000", number=number, after=after),
+    COMMANDS,
+    st.integers(0, 2**53),
+    st.integers(0, 2**53),
 )
 STEPS = st.builds(
     StepRequest,
@@ -97,7 +105,7 @@ def command(**changes: Any) -> Command:
     return Command(**{**fields, **changes})
 
 
-@given(COMMANDS)
+@given(COMMANDS | IN_SESSIONS)
 def test_a_command_arrives_as_it_was_sent(sent: Command) -> None:
     """Decoding is the inverse of encoding."""
     assert decode_command(encode_command(sent), max_bytes=MAX_BYTES) == sent
@@ -138,7 +146,7 @@ def damaged(document: dict[str, Any], field: str, value: Any, drop: bool) -> byt
     return orjson.dumps(changed)
 
 
-@given(st.data(), COMMANDS, JSON, st.booleans())
+@given(st.data(), COMMANDS | IN_SESSIONS, JSON, st.booleans())
 def test_a_command_with_one_damaged_field_is_invalid_input_or_well_formed(
     data: st.DataObject, sent: Command, value: Any, drop: bool
 ) -> None:
@@ -158,6 +166,47 @@ def test_a_command_with_one_damaged_field_is_invalid_input_or_well_formed(
     assert [type(number) for number in (read.epoch, read.hops, read.expires_ms)] == [int, int, int]
     assert read.epoch >= 0
     assert read.hops >= 0
+    assert isinstance(read.session, str)
+    assert [type(number) for number in (read.number, read.after)] == [int, int]
+    assert min(read.number, read.after) >= 0
+    assert read.session or not (read.number or read.after)
+    assert type(read.linearizable) is bool
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epoch", 2**63), ("hops", -1), ("expires_ms", 1.5), ("number", 3), ("after", 3), ("session", None),
+     ("session", "mine"), ("linearizable", "x")],
+)  # fmt: skip
+def test_a_field_that_says_nothing_is_invalid_input(field: str, value: Any) -> None:
+    """Whatever is not understood is not done in part: a number without its session would be applied out of order."""
+    document = orjson.loads(encode_command(command()))
+
+    with pytest.raises(InvalidInput):
+        decode_command(orjson.dumps({**document, field: value}), max_bytes=MAX_BYTES)
+
+
+def test_arguments_are_as_deep_as_what_carries_them_can_be() -> None:
+    """What is let in is forwarded, and stored, inside something larger."""
+    document = orjson.loads(encode_command(command()))
+    deepest: Any = {}
+    for _ in range(jsonlike.MAX_NESTING - 2):
+        deepest = {"x": deepest}
+
+    assert decode_command(orjson.dumps({**document, "arguments": deepest}), max_bytes=MAX_BYTES).arguments == deepest
+    with pytest.raises(InvalidInput, match="nested"):
+        decode_command(orjson.dumps({**document, "arguments": {"x": deepest}}), max_bytes=MAX_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("also", "error"), [({"moved": "to b"}, Moved), ({"error": {"kind": "Rejected", "message": "no"}}, Rejected)]
+)
+def test_an_answer_that_says_two_things_is_no_reply(also: dict[str, Any], error: type[FerryError]) -> None:
+    """Nobody writes one; whoever reads it must not take a command for applied."""
+    answer = decode_answer(orjson.dumps({"value": 1, **also, "owner": "b", "epoch": 3}))
+
+    assert type(answer.error) is error
+    assert answer.value is None
 
 
 @given(st.data(), JSON, st.booleans(), st.sampled_from([Answer(value=1), Answer(error=Rejected("no")),

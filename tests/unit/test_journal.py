@@ -23,6 +23,7 @@ from routing.errors import (
     WrongSequence,
     to_wire,
 )
+from routing.jsonlike import MAX_NESTING
 from routing.settings import Settings
 from runtime.codec import pack
 from runtime.journal import History, Journal, Kind, Record, decode_record, encode_record
@@ -45,15 +46,15 @@ JSON = st.recursive(
 TRAILS = st.lists(st.integers(1, 2**53), max_size=4).map(tuple)
 EVENTS = st.lists(st.tuples(TEXT, st.dictionaries(TEXT, JSON, max_size=3)).map(list), max_size=3)
 COMMON: dict[str, Any] = {"epoch": st.integers(1, 2**53), "incarnation": TEXT, "trail": TRAILS}
+IN_SESSIONS: dict[str, Any] = {"session": st.just("5-00000000"), "number": st.integers(1, 2**53)}
+ANSWERED: dict[str, Any] = {"message_id": TEXT.filter(bool), **COMMON}
+APPLIED: dict[str, Any] = {"kind": st.just(Kind.COMMAND), "events": EVENTS, "reply": JSON, **ANSWERED}
+REFUSED: dict[str, Any] = {"kind": st.just(Kind.REJECTION), "error": st.just(to_wire(Rejected("no"))), **ANSWERED}
 RECORDS = st.one_of(
-    st.builds(Record, kind=st.just(Kind.COMMAND), message_id=TEXT.filter(bool), events=EVENTS, reply=JSON, **COMMON),
-    st.builds(
-        Record,
-        kind=st.just(Kind.REJECTION),
-        message_id=TEXT.filter(bool),
-        error=st.just(to_wire(Rejected("no"))),
-        **COMMON,
-    ),
+    st.builds(Record, **APPLIED),
+    st.builds(Record, **APPLIED, **IN_SESSIONS),
+    st.builds(Record, **REFUSED),
+    st.builds(Record, **REFUSED, **IN_SESSIONS),
     st.builds(Record, kind=st.just(Kind.CLAIM), **COMMON),
     st.builds(Record, kind=st.just(Kind.SNAPSHOT), frame=st.just(FRAME), memory=st.just(MEMORY), **COMMON),
     st.builds(Record, kind=st.just(Kind.SNAPSHOT), pieces=TRAILS.filter(bool), **COMMON),
@@ -134,7 +135,35 @@ def test_a_record_with_one_damaged_field_is_not_portable_or_well_formed(
     assert all(type(sequence) is int for sequence in read.trail)
     assert isinstance(read.message_id, str)
     assert isinstance(read.incarnation, str)
+    assert isinstance(read.session, str)
+    assert type(read.number) is int
+    assert bool(read.session) == (read.number > 0)
+    assert read.error is None or isinstance(read.error, dict)
     assert all(len(event) == 2 and isinstance(event[0], str) and isinstance(event[1], dict) for event in read.events)
+
+
+@pytest.mark.parametrize(
+    "damage", [(b'"session"', b'"\xf3ession"'), (b'"session"', b'"sessiom"'), (b'"number"', b'"n"')]
+)
+def test_an_entry_that_has_lost_its_session_is_not_portable(damage: tuple[bytes, bytes]) -> None:
+    """Read as a plain command's it would be applied again when its sender asks for it once more."""
+    entry = encode_record(replace(applied(7), session="5-00000000", number=7))
+
+    with pytest.raises(StateNotPortable):
+        decode_record(entry.replace(*damage))
+
+
+def test_what_an_entry_carries_can_go_out_again() -> None:
+    """Values nested as deep as anybody may send are read; deeper ones would make a snapshot that nobody reads."""
+    deepest: Any = 0
+    for _ in range(MAX_NESTING - 1):
+        deepest = [deepest]
+    entry = applied(7, events=[["dropped", {"coin": deepest}]], reply=[deepest])
+
+    assert decode_record(encode_record(entry)) == entry
+    for deeper in (replace(entry, reply=[[deepest]]), replace(entry, events=[["dropped", {"coin": [deepest]}]])):
+        with pytest.raises(StateNotPortable, match="nested"):
+            decode_record(encode_record(deeper))
 
 
 @virtually
