@@ -59,6 +59,7 @@ class Router:
     ) -> None:  # fmt: skip
         self._link, self._directory, self._subjects = link, directory, subjects
         self._sender, self._local, self._wall_clock = sender, local, wall_clock
+        self._query_here = None if local is None else local.query_at_once
         self._max_command_bytes = max_command_bytes
         self._clock: Callable[[], float] | None = None  # the loop's; to ask for the loop each time is a system call
         self._asked_here = 0  # in this turn of the event loop: what is answered at once lets nobody else run
@@ -83,14 +84,14 @@ class Router:
         command = (
             None if bare else self.prepare(actor, name, arguments, message_id=message_id, linearizable=linearizable)
         )
-        if self._local is not None and not linearizable:
+        if self._query_here is not None and not linearizable:
             if type(timeout_s) is not float or not 0 < timeout_s < LONGEST_S:  # not even a call where all is well
                 check_timeout(timeout_s)
-            self._asked_here += 1
-            if not 1 < self._asked_here <= TURN:
+            self._asked_here = asked = self._asked_here + 1
+            if not 1 < asked <= TURN:
                 await self._turn()
             try:
-                reply = self._local.query_at_once(actor, name, _NOTHING if command is None else command.arguments)
+                reply = self._query_here(actor, name, _NOTHING if command is None else command.arguments)
             except FerryError as error:
                 return _value(_received(Answer(error=error)))
             if reply is not LATER:

@@ -54,6 +54,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__ferry_handler__"
 # Those of HANDLER_ERRORS, which says why, that are no Exception. Where one is awaited, a CancelledError may be ours.
 _NOT_ITS_TO_RAISE = (asyncio.CancelledError, SystemExit)
+_LEAST, _MOST = -jsonlike.SMALL, jsonlike.SMALL
 _ANSWERS = frozenset({str, int, float, bool, type(None), list, dict})  # nearly all are one of these
 
 
@@ -292,7 +293,7 @@ def query_at_once(instance: Actor, handler: Handler, arguments: dict[str, Any]) 
         result = handler.function(instance, **jsonlike.copy(arguments)) if arguments else handler.function(instance)
     except _NOT_ITS_TO_RAISE as error:
         raise _has_failed(handler, error) from error
-    if type(result) is int and -jsonlike.SMALL < result < jsonlike.SMALL:  # as `copy` finds it, without the call
+    if type(result) is int and _LEAST < result < _MOST:  # as `copy` finds it, without the call
         return result
     return jsonlike.copy(result) if type(result) in _ANSWERS else _reply_at_once(handler, result)
 

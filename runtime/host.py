@@ -83,6 +83,7 @@ class Host:
         self.units: dict[str, Unit] = {}
         self.counters: Counter[str] = Counter() if counters is None else counters
         self._link, self._directory, self._subjects, self._settings = link, directory, subjects, settings
+        self._unit_of = directory.unit_of
         self._mailboxes, self._arrivals, self._spawn = mailboxes, arrivals, spawn
         self._clock, self._wall_clock = clock, wall_clock
         self._outbox: deque[Coroutine[Any, Any, None]] = deque()
@@ -100,7 +101,7 @@ class Host:
 
         It may run the actor's handler.
         """
-        name = self._directory.unit_of(delivery.command.actor)
+        name = self._unit_of(delivery.command.actor)
         unit = self.units.get(name)
         if unit is None:
             unit = self._unit_for(name, delivery.command)
@@ -133,7 +134,7 @@ class Host:
         It is what the mailbox would answer, without a task and a turn of the event loop for it. Raises what the actor
         answers instead of a reply. The caller sees to it that somebody still waits for it.
         """
-        unit = self.units.get(self._directory.unit_of(actor))
+        unit = self.units.get(self._unit_of(actor))
         if unit is None or unit.state is not _OPEN:
             return LATER
         live = unit.actors.get(actor)

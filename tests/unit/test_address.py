@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing import jsonlike
-from routing.address import MAX_KEY_BYTES, ActorId, check_node_id, shard_of
+from routing.address import IDS_RECALLED, MAX_KEY_BYTES, ActorId, Recalled, check_node_id, shard_of
 from routing.errors import InvalidInput
 
 actor_types = st.from_regex(r"[a-z][a-z0-9_]{0,62}", fullmatch=True)
@@ -104,3 +104,19 @@ def test_malformed_node_ids_are_refused(text: str) -> None:
     """A node id stands in subjects and keys, so nothing that has a meaning there may be in it."""
     with pytest.raises(InvalidInput, match="node id"):
         check_node_id(text)
+
+
+def test_what_is_recalled_of_actors_is_bounded() -> None:
+    """A process that talks to a million actors must not keep a million of them."""
+    asked: list[ActorId] = []
+
+    def work_out(actor: ActorId) -> int:
+        asked.append(actor)
+        return int(actor.key)
+
+    recalled, actors = Recalled(work_out), [ActorId("cart", str(number)) for number in range(2 * IDS_RECALLED)]
+
+    assert [recalled[actor] for actor in actors for _ in range(2)] == [n for n in range(len(actors)) for _ in range(2)]
+    assert asked == actors  # the second time it is there still
+    assert len(recalled) <= IDS_RECALLED
+    assert recalled[actors[0]] == 0
