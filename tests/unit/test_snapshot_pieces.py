@@ -281,7 +281,7 @@ async def test_pieces_of_another_actor_are_no_snapshot() -> None:
     shard_mate = next(
         other
         for other in (ActorId("jar", f"o{number}") for number in range(100))
-        if journal._place_of(other)[0] == journal._place_of(ACTOR)[0]
+        if journal._places[other][0] == journal._places[ACTOR][0]
     )
     theirs = await store(journal, whole_of(STATE), after=0, count=2, actor=shard_mate)
     ours = await store(journal, whole_of(STATE), after=0, count=3)
