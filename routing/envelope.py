@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from routing import errors, jsonlike
 from routing.address import ActorId, check_node_id
 from routing.errors import FerryError, InvalidInput, Moved, PayloadTooLarge
-from routing.jsonlike import UNREADABLE, Count
 from routing.session_id import opened_at
+from routing.typed import UNREADABLE, Count
 
 MAX_HOPS = 3  # forwards of one command; a map that changes faster than this is answered with "moved"
 MAX_MESSAGE_ID_BYTES = 128

@@ -8,21 +8,15 @@ enum member as a string, a dataclass or a defaultdict as a plain dict.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from msgspec import Meta
 
 # What arrives is forwarded, journalled and answered inside something larger. orjson reads 1024 levels and writes 254,
 # and Python runs out of stack while showing a few hundred: whatever is let in must also be able to go out again.
 MAX_NESTING = 128
 CARRIED = 8  # levels that a journal record or an answer puts around a value
 SMALL = 2**53  # an int below this is the same for every reader of JSON
-
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # of ours, on the wire: a bool or a float is none
-# What msgspec, orjson and we raise for text that is not what it should be; RecursionError for what is nested deeper
-# than Python's stack has room for at that moment, which is several times MAX_NESTING.
-UNREADABLE = (ValueError, RecursionError)
 
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 _EXACT = frozenset({str, int, bool, type(None)})

@@ -27,13 +27,13 @@ from routing.errors import (
     Unavailable,
     WrongSequence,
 )
-from routing.jsonlike import UNREADABLE, Count
 from routing.link import Appended, Entry, EntryHandler, Handler, Message, StreamSpec
 from routing.logs import get_logger
 from routing.nats_connection import NatsConnection, Registration
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
 from routing.nats_stored import entry_in_document, entry_in_message
 from routing.nats_watch import Watch
+from routing.typed import UNREADABLE, Count
 
 log = get_logger("ferry.nats")
 

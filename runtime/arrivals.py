@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import structlog
+from msgspec.structs import replace
 
 from routing.control import ManifestRow, MigrationRequest
 from routing.errors import Busy, InvalidInput, PayloadTooLarge, StateNotPortable, Unavailable

@@ -28,10 +28,11 @@ from msgspec.json import Decoder
 from routing import jsonlike
 from routing.address import ActorId, Recalled, shard_of
 from routing.errors import InvalidInput, StateNotPortable, Unavailable
-from routing.jsonlike import MAX_NESTING, UNREADABLE, Count, shown
+from routing.jsonlike import MAX_NESTING, shown
 from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
+from routing.typed import UNREADABLE, Count
 from runtime.codec import Frame, aside, frame_header, frame_of, header_in, join, numbers, split_line
 from runtime.memory import check_memory
 from runtime.turn import Turn

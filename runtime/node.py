@@ -24,7 +24,7 @@ import structlog
 
 from routing import control
 from routing.birth import found_or_join
-from routing.control import MIGRATION_REQUEST, STEP_REQUEST
+from routing.control import MigrationRequest, StepRequest
 from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
 from routing.errors import FerryError, Incompatible, InvalidInput, TransientError
@@ -290,11 +290,12 @@ class Node:
 
     async def _control(self, verb: str, message: Message) -> None:
         try:
-            schema, run = self._verbs.get(verb, (None, None))
+            kind, run = self._verbs.get(verb, (None, None))
             if run is None:
                 raise InvalidInput(f"verb {verb!r} is unknown here: upgrade this node")
             self._failpoints.hit(verb)
-            result: dict[str, Any] | Exception = await run(control.decode(message.payload, schema))
+            asked = control.decode(message.payload) if kind is None else control.read(kind, message.payload)
+            result: dict[str, Any] | Exception = await run(asked)
         except FerryError as error:
             if type(error) is InvalidInput:  # its subclasses are about what is installed, not about the message
                 self.host.counters["malformed"] += 1
@@ -325,9 +326,9 @@ class Node:
         leaving = ("precopy", "pause", "prepare", "capture", "serialize", "send", "await_ack", "commit", "resume")
         arriving = ("verify", "verify_ahead", "activate")
         return {
-            **{verb: (STEP_REQUEST, getattr(self._handover, verb)) for verb in leaving},
-            **{verb: (STEP_REQUEST, getattr(self._reception, verb)) for verb in arriving},
-            **dict.fromkeys(("stage", "stage_ahead"), (MIGRATION_REQUEST, self._reception.handle_migration_request)),
+            **{verb: (StepRequest, getattr(self._handover, verb)) for verb in leaving},
+            **{verb: (StepRequest, getattr(self._reception, verb)) for verb in arriving},
+            **dict.fromkeys(("stage", "stage_ahead"), (MigrationRequest, self._reception.handle_migration_request)),
             "drain": (None, self._drain_asked),
             "inventory": (None, self._inventory),
             "status": (None, self._status),

@@ -17,16 +17,15 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-import marshmallow
-from marshmallow import validate
+import msgspec
 
 from routing import jsonlike
 from routing.address import ActorId
 from routing.errors import InvalidInput, NotApplicable
+from routing.typed import UNREADABLE, Count, Measure, Text, fault
 
-FAULT_CHARACTERS = 200  # a fault repeats a name that somebody sent
 STEPS = ("pause", "capture", "serialize", "send", "await_ack", "delete")
 
 
@@ -79,33 +78,33 @@ class Move:
       3. `revision` is the store's: it grows by one with every save, and 0 means "not stored".
     """
 
-    id: str
-    plan_id: str
-    unit: str  # the key in the map: `shard.17`, or that of a pinned actor
-    shard: int
-    source: str
-    destination: str
+    id: Text
+    plan_id: Text
+    unit: Text  # the key in the map: `shard.17`, or that of a pinned actor
+    shard: Count
+    source: Text
+    destination: Text
     status: MigrationStatus = MigrationStatus.PLANNED
     step: str | None = STEPS[0]  # the next step to run
-    lock_revision: int | None = None  # revision of the map key that LOCK replaces
-    epoch: int | None = None  # of the map key under the lock
+    lock_revision: Count | None = None  # revision of the map key that LOCK replaces
+    epoch: Count | None = None  # of the map key under the lock
     task_ids: dict[str, str] = field(default_factory=dict)  # step -> Celery task id, assigned before the launch
-    attempts: int = 0
+    attempts: Count = 0
     error: str | None = None
-    actors_total: int = 0
-    state_bytes: int = 0
-    messages_buffered: int | None = None
-    blackout_ms: float | None = None
-    created_at: float
-    started_at: float | None = None  # when its chain was launched; the launcher sets it
-    paused_at: float | None = None
-    captured_at: float | None = None
-    serialized_at: float | None = None
-    sent_at: float | None = None
-    acked_at: float | None = None
-    finished_at: float | None = None
-    step_at: float | None = None  # of the latest change of status: a reconciler's deadline counts from here
-    revision: int = 0
+    actors_total: Count = 0
+    state_bytes: Count = 0
+    messages_buffered: Count | None = None
+    blackout_ms: Measure | None = None
+    created_at: Measure
+    started_at: Measure | None = None  # when its chain was launched; the launcher sets it
+    paused_at: Measure | None = None
+    captured_at: Measure | None = None
+    serialized_at: Measure | None = None
+    sent_at: Measure | None = None
+    acked_at: Measure | None = None
+    finished_at: Measure | None = None
+    step_at: Measure | None = None  # of the latest change of status: a reconciler's deadline counts from here
+    revision: Count = 0
 
     @property
     def steps_left(self) -> tuple[str, ...]:
@@ -147,10 +146,10 @@ def advance(move: Move, status: MigrationStatus, *, now: float, **changes: Any) 
 class ActorRow:
     """One live actor of a move: `index` counts from 0 within it. `version` is the actor's last journal sequence."""
 
-    index: int
-    actor_id: str
-    version: int | None = None
-    state_bytes: int | None = None
+    index: Count
+    actor_id: Text
+    version: Count | None = None
+    state_bytes: Count | None = None
     digest: str | None = None
     error: str | None = None
 
@@ -214,18 +213,18 @@ def parse_migration_id(text: str) -> tuple[str, int]:
 class MigrationPlan:
     """Moves decided on together. Counts are of moves; `failed` are those that ended in any other way than completed."""
 
-    id: str
-    reason: str
-    created_at: float
-    started_at: float | None = None
-    finished_at: float | None = None
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
+    id: Text
+    reason: Text
+    created_at: Measure
+    started_at: Measure | None = None
+    finished_at: Measure | None = None
+    total: Count = 0
+    completed: Count = 0
+    failed: Count = 0
     cancelled: bool = False  # an operator asked for it; moves before their commit roll back
-    actors_total: int = 0
-    state_bytes: int = 0
-    estimate_s: float | None = None
+    actors_total: Count = 0
+    state_bytes: Count = 0
+    estimate_s: Measure | None = None
 
     @property
     def by_hand(self) -> bool:
@@ -237,12 +236,12 @@ class MigrationPlan:
 class AuditEvent:
     """One change of a move's status, as it was written down. Never changed afterwards."""
 
-    at: float
-    plan_id: str
-    move_id: str
-    unit: str
-    source: str
-    destination: str
+    at: Measure
+    plan_id: Text
+    move_id: Text
+    unit: Text
+    source: Text
+    destination: Text
     before: MigrationStatus
     after: MigrationStatus
     error: str | None
@@ -252,8 +251,8 @@ class AuditEvent:
 class ClusterEvent:
     """Something that happened to the cluster, in words: a node came or went, a plan began or ended."""
 
-    at: float
-    what: str
+    at: Measure
+    what: Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,144 +282,51 @@ class RebalanceRequest:
     moves: tuple[PlannedMove, ...]
 
 
-# -- documents: the JSON form of every record above, validated where it enters the process ---------------------------
+# -- documents: the JSON form of what is stored, checked where it enters the process ---------------------------------
 
-Record = Move | ActorRow | ActorMigration | MigrationPlan | AuditEvent | ClusterEvent | RebalanceRequest
-R = TypeVar("R", bound=Record)
+Stored = Move | ActorRow | MigrationPlan | AuditEvent | ClusterEvent
+R = TypeVar("R", bound=Stored)
+
+_NAMES = {kind: {f.name for f in fields(kind)} for kind in get_args(Stored)}
 
 
-def to_document(record: Record) -> dict[str, Any]:
+def to_document(record: Stored | ActorMigration) -> dict[str, Any]:
     """The record as JSON-like values, its fields in their order."""
-    document: dict[str, Any] = _SCHEMAS[type(record)].dump(record)
+    document: dict[str, Any] = msgspec.to_builtins(record)
     return document
 
 
-def from_document(kind: type[R], document: Mapping[str, Any] | bytes) -> R:
+def from_document(kind: type[R], document: dict[str, Any] | bytes) -> R:
     """Read a record of `kind` from JSON text or JSON-like values.
 
-    Every field must be there, none may be unknown, and numbers must be numbers. Raises InvalidInput, one line naming
-    the faults.
+    Every field must be there, none may be unknown, and numbers must be numbers. Raises InvalidInput, one line that
+    names what is wrong first.
     """
     try:
-        read = jsonlike.loads(document) if isinstance(document, bytes) else document
-        record: R = _SCHEMAS[kind].load(read)
-    except ValueError as error:
-        raise InvalidInput(f"{kind.__name__} is not JSON: {error}") from error
-    except marshmallow.ValidationError as error:
-        raise InvalidInput(f"{kind.__name__} is malformed: {_one_line(_faults(error.messages))}") from error
+        values = jsonlike.loads(document) if isinstance(document, bytes) else document
+        _check_names(values, _NAMES[kind])
+        record = msgspec.convert(values, kind)
+        _check(record)
+    except (InvalidInput, *UNREADABLE) as error:
+        raise InvalidInput(f"{kind.__name__} is malformed: {fault(error)}") from error
     return record
 
 
-class _Schema(marshmallow.Schema):
-    """Loads into the dataclass `record` instead of a dict."""
-
-    record: type
-
-    @marshmallow.validates_schema
-    def _check_route(self, document: dict[str, Any], **_: Any) -> None:
-        if "source" in document and document["source"] == document["destination"]:
-            raise marshmallow.ValidationError(f"{document['source']} owns it already", "destination")
-
-    @marshmallow.post_load
-    def _make(self, document: dict[str, Any], **_: Any) -> Any:
-        return self.record(**document)
+def _check_names(values: Any, names: set[str]) -> None:
+    """msgspec would pass over a field that it does not know, and give one that is missing its default."""
+    if not isinstance(values, dict):
+        raise InvalidInput("expected a JSON object")
+    if values.keys() != names:
+        missing = [f"{name}: missing" for name in sorted(names - values.keys())]
+        unknown = [f"{name}: unknown" for name in sorted(map(str, values.keys() - names))]
+        raise InvalidInput("; ".join(missing + unknown))
 
 
-class _Number(marshmallow.fields.Float):
-    """A finite number from 0 up; text and booleans are not numbers."""
-
-    def _validated(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class _Whole(marshmallow.fields.Integer):
-    """A whole number from 0 up; text, booleans and 1.0 are not whole numbers."""
-
-    def _validated(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class _Items(marshmallow.fields.List[Any]):
-    """A list that loads as a tuple, so that a frozen record stays frozen."""
-
-    def _deserialize(self, *args: Any, **kwargs: Any) -> Any:
-        return tuple(super()._deserialize(*args, **kwargs))
-
-
-def _check_actor_id(text: str) -> None:
-    try:
-        ActorId.parse(text)
-    except InvalidInput as error:
-        raise marshmallow.ValidationError(str(error)) from error
-
-
-def _check_units(moves: tuple[PlannedMove, ...]) -> None:
-    units = [move.unit for move in moves]
-    if len(set(units)) < len(units):
-        raise marshmallow.ValidationError("a unit is named twice")
-
-
-_FROM_ZERO = validate.Range(min=0)
-_FIELD_OF_TYPE: Mapping[str, Any] = {
-    "str": lambda: marshmallow.fields.String(required=True, validate=validate.Length(min=1)),
-    "str | None": lambda: marshmallow.fields.String(required=True, allow_none=True),
-    "int": lambda: _Whole(required=True, validate=_FROM_ZERO),
-    "int | None": lambda: _Whole(required=True, allow_none=True, validate=_FROM_ZERO),
-    "float": lambda: _Number(required=True, validate=_FROM_ZERO),
-    "float | None": lambda: _Number(required=True, allow_none=True, validate=_FROM_ZERO),
-    "bool": lambda: marshmallow.fields.Boolean(required=True, truthy={True}, falsy={False}),
-    "dict[str, str]": lambda: marshmallow.fields.Dict(
-        keys=marshmallow.fields.String(), values=marshmallow.fields.String(), required=True
-    ),
-    "MigrationStatus": lambda: marshmallow.fields.Enum(MigrationStatus, by_value=True, required=True),
-}
-
-
-def _schema_of(record: type, **special: Any) -> _Schema:
-    """A schema with the fields of the dataclass, so that the two cannot drift apart."""
-    named = {f.name: special.get(f.name) or _FIELD_OF_TYPE[str(f.type)]() for f in fields(record)}
-    schema: _Schema = type(f"{record.__name__}Schema", (_Schema,), {**named, "record": record})()
-    return schema
-
-
-def _one_line(faults: list[str]) -> str:
-    """The first few: a request of ten thousand actors must not become a message of as many faults."""
-    faults = [" ".join(fault.split())[:FAULT_CHARACTERS] for fault in faults[:5]] + faults[5:]
-    return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-
-
-def _faults(messages: Any, path: str = "") -> list[str]:
-    if isinstance(messages, dict):
-        return [
-            fault for key, value in messages.items() for fault in _faults(value, f"{path}.{key}" if path else str(key))
-        ]
-    return [f"{path}: {' '.join(str(message) for message in messages).rstrip('.')}"]
-
-
-def _step() -> Any:
-    return marshmallow.fields.String(required=True, allow_none=True, validate=validate.OneOf(STEPS))
-
-
-def _actor_id() -> Any:
-    return marshmallow.fields.String(required=True, validate=_check_actor_id)
-
-
-def _nested(schema: _Schema, **options: Any) -> Any:
-    return _Items(marshmallow.fields.Nested(schema), required=True, **options)
-
-
-_PLANNED_ACTOR = _schema_of(PlannedActor, actor_id=_actor_id())
-_PLANNED_MOVE = _schema_of(PlannedMove, actors=_nested(_PLANNED_ACTOR))
-_SCHEMAS: Mapping[type, _Schema] = {
-    Move: _schema_of(Move, step=_step()),
-    ActorRow: _schema_of(ActorRow, actor_id=_actor_id()),
-    ActorMigration: _schema_of(ActorMigration, step=_step(), actor_id=_actor_id()),
-    MigrationPlan: _schema_of(MigrationPlan),
-    AuditEvent: _schema_of(AuditEvent),
-    ClusterEvent: _schema_of(ClusterEvent),
-    RebalanceRequest: _schema_of(RebalanceRequest, moves=_nested(_PLANNED_MOVE, validate=_check_units)),
-}
+def _check(record: Stored) -> None:
+    """What the types of its fields do not say."""
+    if isinstance(record, ActorRow):
+        ActorId.parse(record.actor_id)
+    if isinstance(record, Move) and record.step not in (*STEPS, None):
+        raise InvalidInput(f"step: {record.step!r} is none of {', '.join(STEPS)}")
+    if isinstance(record, (Move, AuditEvent)) and record.source == record.destination:
+        raise InvalidInput(f"destination: {record.destination} owns it already")

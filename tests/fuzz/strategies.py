@@ -27,7 +27,7 @@ from routing.shard_map import LastMove, Ownership
 from runtime.codec import Frame, digest_of, pack
 from runtime.journal import Kind, Record
 from runtime.memory import Limits, Memory
-from workflows.records import STEPS, RebalanceRequest
+from workflows.records import STEPS
 
 MOST = 2**53  # beyond it JSON readers of other languages round; ours take 64 bits
 
@@ -168,9 +168,6 @@ def _consistent(value: Any) -> Any:
             return replace(value, epoch=max(1, value.epoch))
         case Record():
             return _record(value)
-        case RebalanceRequest():
-            units = {move.unit: move for move in value.moves}
-            return replace(value, moves=tuple(units.values()))
         case _:
             return value
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import orjson
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 
 from routing import control, errors
 from routing.address import ActorId
-from routing.control import COORDINATOR, MIGRATION_REQUEST, STEP_REQUEST, MigrationRequest, StepRequest
+from routing.control import COORDINATOR, MigrationRequest, StepRequest
 from routing.documents import decode_ownership, encode_ownership
 from routing.envelope import Answer, Command, decode_answer, decode_command, encode_answer, encode_command
 from routing.errors import FerryError, HandlerFailed, InDoubt, InvalidInput, Unavailable
@@ -111,8 +112,9 @@ def test_garbage_instead_of_a_verb_is_counted_and_answered_and_the_node_serves_o
     async def example(payload: bytes, verb: str) -> None:
         before = scene.malformed()["a"]
         answer = await scene.post(scene.small.subjects.control("a", verb), payload)
-        schema = MIGRATION_REQUEST if verb == "stage" else STEP_REQUEST if verb in STEP_VERBS else None
-        if refused(control.decode, payload, schema) or verb == "no_such_verb":
+        kind = MigrationRequest if verb == "stage" else StepRequest if verb in STEP_VERBS else None
+        read = control.decode if kind is None else partial(control.read, kind)
+        if refused(read, payload) or verb == "no_such_verb":
             assert scene.malformed()["a"] == before + 1
             assert answer is not None
             with pytest.raises(InvalidInput) as raised:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from routing import control, errors
 from routing.address import ActorId
 from routing.birth import Birth, decode_birth
-from routing.control import MIGRATION_REQUEST, STEP_REQUEST, MigrationRequest, StepRequest
+from routing.control import MigrationRequest, StepRequest
 from routing.documents import decode_ownership, encode_ownership
 from routing.envelope import Answer, Command, decode_answer, decode_command, encode_answer, encode_command
 from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLarge, StateNotPortable
@@ -25,13 +25,11 @@ from runtime.memory import Limits, Memory, check_memory
 from runtime.portable import Portable
 from tests.fuzz.strategies import BIRTHS, ERRORS, FRAMES, JSON, LEASES, MEMORIES, valid
 from workflows.records import (
-    ActorMigration,
     ActorRow,
     AuditEvent,
     ClusterEvent,
     MigrationPlan,
     Move,
-    RebalanceRequest,
     from_document,
     to_document,
 )
@@ -111,11 +109,11 @@ WIRES = [
     Wire(name="Answer", values=valid(Answer), write=encode_answer, read=decode_answer, shape=_shape),
     Wire(
         name="StepRequest", values=valid(StepRequest), write=control.encode,
-        read=lambda payload: control.decode(payload, STEP_REQUEST),
+        read=lambda payload: control.read(StepRequest, payload),
     ),
     Wire(
         name="MigrationRequest", values=valid(MigrationRequest), write=control.encode,
-        read=lambda payload: control.decode(payload, MIGRATION_REQUEST),
+        read=lambda payload: control.read(MigrationRequest, payload),
     ),
     Wire(
         name="verb result", values=st.dictionaries(st.text("ab"), JSON) | ERRORS, write=control.encode_result,
@@ -153,6 +151,6 @@ WIRES = [
     Wire(name="memory of commands", values=MEMORIES, write=orjson.dumps, read=_read_memory),
     *(
         _document_wire(kind)
-        for kind in (Move, ActorRow, ActorMigration, MigrationPlan, AuditEvent, ClusterEvent, RebalanceRequest)
+        for kind in (Move, ActorRow, MigrationPlan, AuditEvent, ClusterEvent)
     ),
 ]  # fmt: skip

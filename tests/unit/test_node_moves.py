@@ -270,7 +270,7 @@ async def test_the_verbs_of_an_old_move_do_not_disturb_a_new_one() -> None:
 
 
 def _fields(request: StepRequest) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__dataclass_fields__}
+    return {name: getattr(request, name) for name in request.__struct_fields__}
 
 
 @virtually

@@ -20,12 +20,10 @@ from workflows.records import (
     ActorMigration,
     ActorRow,
     AuditEvent,
+    ClusterEvent,
     MigrationPlan,
     MigrationStatus,
     Move,
-    PlannedActor,
-    PlannedMove,
-    RebalanceRequest,
     advance,
     from_document,
     parse_migration_id,
@@ -79,16 +77,8 @@ events = st.builds(
     at=times, plan_id=names, move_id=names, unit=names, source=st.just("a"), destination=st.just("b"), before=statuses,
     after=statuses, error=errors,
 )  # fmt: skip
-planned_moves = st.builds(
-    PlannedMove,
-    unit=names, shard=counts, source=st.just("a"), destination=st.just("b"), reason=names,
-    actors=st.lists(st.builds(PlannedActor, actor_id=actor_ids, state_bytes=counts), max_size=3).map(tuple),
-)  # fmt: skip
-requests = st.builds(
-    RebalanceRequest,
-    plan_id=names, reason=names, moves=st.lists(planned_moves, max_size=3, unique_by=lambda move: move.unit).map(tuple),
-)  # fmt: skip
-records = moves | rows | plans | events | requests | st.builds(ActorMigration.of, moves, rows)
+cluster_events = st.builds(ClusterEvent, at=times, what=names)
+records = moves | rows | plans | events | cluster_events
 
 
 # -- the life of a move ------------------------------------------------------------------------------------------------
@@ -200,6 +190,18 @@ def test_every_record_survives_its_json(record: Any) -> None:
     assert list(document) == [field.name for field in fields(record)]
 
 
+@given(moves, rows)
+def test_what_users_see_of_a_migration_is_json(move: Move, row: ActorRow) -> None:
+    """Its fields in the contract's order, its status in words."""
+    migration = ActorMigration.of(move, row)
+
+    document = to_document(migration)
+
+    assert list(document) == [field.name for field in fields(ActorMigration)]
+    assert document["status"] == str(move.status)
+    assert orjson.loads(orjson.dumps(document)) == document
+
+
 @given(records, st.data())
 def test_a_missing_or_an_unknown_field_is_refused_by_name(record: Any, data: st.DataObject) -> None:
     """A document of another version is never half understood."""
@@ -235,23 +237,22 @@ def test_text_that_is_no_document_is_refused(text: bytes) -> None:
         from_document(Move, text)
 
 
-def test_a_request_that_names_a_unit_twice_is_refused() -> None:
-    """Two moves of one shard in one plan would wait for each other's lock."""
-    move = {"unit": "shard.1", "shard": 1, "source": "a", "destination": "b", "reason": "balance", "actors": []}
+def test_an_actors_id_and_a_route_are_read_as_such() -> None:
+    """What the type of a field does not say: an actor has a type and a key, and a move goes somewhere."""
+    with pytest.raises(InvalidInput, match="ActorRow is malformed: actor 'nobody' is malformed"):
+        from_document(ActorRow, {**to_document(ROW), "actor_id": "nobody"})
+    with pytest.raises(InvalidInput, match="Move is malformed: destination: a owns it already"):
+        from_document(Move, {**to_document(MOVE), "destination": "a"})
 
-    with pytest.raises(InvalidInput, match="a unit is named twice"):
-        from_document(RebalanceRequest, {"plan_id": "p", "reason": "join", "moves": [move, move]})
 
+@given(st.data())
+def test_what_is_wrong_is_told_in_one_short_line(data: st.DataObject) -> None:
+    """However much of it there is, and whatever the document repeats."""
+    document = {**to_document(MOVE), "status": data.draw(st.text()) * 1_000}
+    surplus = {f"unknown-{number}": number for number in range(1_000)}
 
-def test_many_faults_make_one_short_line_that_says_where_they_are() -> None:
-    """The first five by their place, then a count."""
-    actors = [{"actor_id": "nobody", "state_bytes": "1"}] * 50
-    move = {"unit": "shard.1", "shard": 1, "source": "a", "destination": "b", "reason": "balance", "actors": actors}
-
-    with pytest.raises(InvalidInput) as caught:
-        from_document(RebalanceRequest, {"plan_id": "p", "reason": "join", "moves": [move]})
-
-    message = str(caught.value)
-    assert message.startswith("RebalanceRequest is malformed: moves.0.actors.0.actor_id: actor 'nobody' is malformed")
-    assert message.endswith("and 95 more")
-    assert "\n" not in message
+    for malformed in (document, document | surplus):
+        with pytest.raises(InvalidInput) as caught:
+            from_document(Move, malformed)
+        assert len(str(caught.value)) < 300
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,33 @@
+"""Documents that are ours, read by msgspec into their types: what their fields may be, and what is said of others.
+
+Every field is checked while it is read, and none is converted: text is no number, true is none either. What is the
+application's in a message is `jsonlike`'s to read.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Measure = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # a time, a duration
+Text = Annotated[str, Meta(min_length=1)]
+
+# What msgspec, orjson and we raise for text that is not what it should be; RecursionError for what is nested deeper
+# than Python's stack has room for at that moment, which is several times what is let in.
+UNREADABLE = (ValueError, RecursionError)
+
+_FAULT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<where>.*)`", re.DOTALL)
+
+
+FAULT_CHARACTERS = 200  # it may repeat what somebody sent
+
+
+def fault(error: BaseException) -> str:
+    """What was found wrong, in one line, and before it where: `rows[3].digest: Expected `str`, got `int``."""
+    told = _FAULT.fullmatch(str(error))
+    text = " ".join((f"{told['where']}: {told['what']}" if told else str(error)).split())
+    return text if len(text) <= FAULT_CHARACTERS else f"{text[: FAULT_CHARACTERS - 1]}…"
