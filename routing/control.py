@@ -5,19 +5,17 @@ Every request is one JSON object to `ctl.<node>.<verb>`; every answer is `{"ok":
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import orjson
 from msgspec import Meta, Struct
 from msgspec import json as typed_json
-from msgspec.json import Decoder
 
 from routing import errors, jsonlike
 from routing.errors import InvalidInput
 from routing.link import Link
 from routing.subjects import Subjects
-from routing.typed import UNREADABLE, Count, fault
+from routing.typed import Count, reader
 
 COORDINATOR = "_coordinator"  # no node id begins with _, so the leader has a control subject of its own
 ROWS_PER_PAGE = 500  # a page of manifest or captured rows stays below 128 KiB, an eighth of NATS' default payload limit
@@ -78,8 +76,23 @@ class MigrationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     verify: bool = False
 
 
-R = TypeVar("R", StepRequest, MigrationRequest)
-_READERS: dict[Any, Callable[[bytes], Any]] = {kind: Decoder(kind).decode for kind in (StepRequest, MigrationRequest)}
+class Verified(Struct):
+    """What a destination has verified of a move: how many actors, and in which of its incarnations."""
+
+    actors: Count
+    incarnation: str
+
+
+class Staged(Struct):
+    """What it lacks of the actors that were announced, by index; where that was asked for, `Verified` as well."""
+
+    lacking: tuple[Count, ...]
+    actors: Count | None = None
+    incarnation: str | None = None
+
+
+read_step_request = reader(StepRequest, "request")
+read_migration_request = reader(MigrationRequest, "request")
 
 
 def encode(message: Struct | dict[str, Any]) -> bytes:
@@ -87,20 +100,11 @@ def encode(message: Struct | dict[str, Any]) -> bytes:
 
 
 def decode(payload: bytes) -> dict[str, Any]:
-    """Read a request that has no type, or an answer. Raises InvalidInput."""
+    """Read an answer, or a request that is no type of its own. Raises InvalidInput."""
     try:
         return _object(jsonlike.loads(payload or b"{}"))
     except ValueError as error:
         raise InvalidInput(f"request is not JSON: {error}") from error
-
-
-def read(kind: type[R], payload: bytes) -> R:
-    """Raises InvalidInput naming the first field that is wrong."""
-    try:
-        request: R = _READERS[kind](payload or b"{}")
-    except UNREADABLE as error:
-        raise InvalidInput(f"malformed request: {fault(error)}") from error
-    return request
 
 
 def encode_result(result: dict[str, Any] | Exception) -> bytes:

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 from msgspec import Meta
+
+from routing.errors import InvalidInput
+
+T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Measure = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # a time, a duration
@@ -24,6 +30,27 @@ _FAULT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<where>.*)`", re.DOTALL)
 
 
 FAULT_CHARACTERS = 200  # it may repeat what somebody sent
+
+
+def reader(kind: type[T], what: str) -> Callable[[bytes], T]:
+    """What reads JSON text as a `kind`; it raises InvalidInput for any other, saying `what` is malformed, and where."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def read(text: bytes) -> T:
+        try:
+            return decode(text)
+        except UNREADABLE as error:
+            raise InvalidInput(f"{what} is malformed: {fault(error)}") from error
+
+    return read
+
+
+def taken_as(kind: type[T], values: Any, what: str) -> T:
+    """The same for values that have been read from JSON already. Raises InvalidInput."""
+    try:
+        return msgspec.convert(values, kind)
+    except UNREADABLE as error:
+        raise InvalidInput(f"{what} is malformed: {fault(error)}") from error
 
 
 def fault(error: BaseException) -> str:

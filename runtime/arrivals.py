@@ -11,23 +11,35 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated
 
 import structlog
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from routing.control import ManifestRow, MigrationRequest
 from routing.errors import Busy, InvalidInput, PayloadTooLarge, StateNotPortable, Unavailable
 from routing.jsonlike import shown
 from routing.settings import Settings
+from routing.typed import Count, reader
 from runtime.actor import ActorClasses
-from runtime.codec import aside, sequence, split, text
+from runtime.codec import aside, split
 from runtime.live_actor import LiveActor
 from runtime.memory import Limits
 from runtime.portable import Portable
 from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.arrivals")
+
+
+class _Chunk(Struct):
+    """What is in the body of a chunk, in this order: of which actor, from where in its transfer, how many bytes."""
+
+    move: str
+    pieces: tuple[tuple[Count, Count, Annotated[int, Meta(ge=1)]], ...]
+
+
+_read_chunk = reader(_Chunk, "chunk")
 
 HEADER_ALLOWANCE_BYTES = 32 * 2**20  # the memory of commands and the trail travel beside the state
 
@@ -107,14 +119,15 @@ class StagedActors:
 
     def receive(self, payload: bytes) -> None:
         """Store the pieces of one chunk. Repeats are ignored. Raises InvalidInput for what was never announced."""
-        header, body = split(payload)
-        move = text(header, "move")
+        line, body = split(payload)
+        header = _read_chunk(line)
+        move = header.move
         staging = self._moves.get(move)
         if staging is None:
             raise Unavailable(f"move {shown(move)} is not announced here: announce it again")
         staging.heard_at_s = self._clock()
         position = 0
-        for index, offset, size in _pieces(header):
+        for index, offset, size in header.pieces:
             arriving = staging.actors.get(index)
             if arriving is None or offset + size > arriving.row.transfer_bytes or position + size > len(body):
                 raise InvalidInput(f"chunk of move {move} does not fit what was announced")
@@ -234,14 +247,3 @@ def _same_state(one: ManifestRow, other: ManifestRow) -> bool:
     return replace(one, version=0, captured_version=one.state_version) == replace(
         other, version=0, captured_version=other.state_version
     )
-
-
-def _pieces(header: dict[str, Any]) -> list[tuple[int, int, int]]:
-    pieces = []
-    for piece in sequence(header, "pieces"):
-        match piece:
-            case [int(index), int(offset), int(size)] if min(index, offset) >= 0 and size > 0:
-                pieces.append((index, offset, size))
-            case _:
-                raise InvalidInput(f"{shown(piece)} is no piece of a chunk: expected [index, offset, size]")
-    return pieces

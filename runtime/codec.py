@@ -21,20 +21,30 @@ from typing import Any, TypeVar
 import orjson
 import zstandard
 from marshmallow import Schema
+from msgspec import Struct
 
 from routing import jsonlike
 from routing.address import ActorId
-from routing.errors import HANDLER_ERRORS, InvalidInput, PayloadTooLarge, StateNotPortable
+from routing.errors import HANDLER_ERRORS, PayloadTooLarge, StateNotPortable
 from routing.jsonlike import SMALL
+from routing.typed import Count
 from runtime.actor import Actor
 
 INLINE_BYTES = 64 * 1024  # digested and compressed in the time that handing over to a thread and back takes
 PLAIN_BYTES = 8  # of JSON for a number, or around an attribute's name and value
 PIECE_BYTES = 2**20  # copied at once; a few hundred microseconds
-_INT = frozenset({int})
 T = TypeVar("T")
 
 COMPRESS_FROM_BYTES = 1024  # below this zstd saves less than a JSON header costs
+
+
+class FrameHeader(Struct, kw_only=True):
+    """What a header says of the state in its body."""
+
+    schema: Count
+    codec: str
+    bytes: Count
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,14 +238,8 @@ def _copied(first: bytes, rest: memoryview) -> bytes:
     return whole.getvalue()
 
 
-def split(payload: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
-    """The inverse of `join`. Raises InvalidInput."""
-    line, body = split_line(payload)
-    return header_in(line), body
-
-
-def split_line(payload: bytes | bytearray) -> tuple[bytes, bytes]:
-    """The line of JSON and the body, neither of them read."""
+def split(payload: bytes | bytearray) -> tuple[bytes, bytes]:
+    """The line of JSON, which is not read, and the body."""
     end = payload.find(b"\n") + 1 or len(payload)
     if end == len(payload):
         return bytes(payload), b""
@@ -243,56 +247,11 @@ def split_line(payload: bytes | bytearray) -> tuple[bytes, bytes]:
     return bytes(payload[:end]), bytes(rest) if len(rest) <= PIECE_BYTES else _copied(b"", rest)
 
 
-def header_in(line: bytes) -> dict[str, Any]:
-    """Raises InvalidInput for anything but a JSON object."""
-    try:
-        header = jsonlike.loads(line)
-    except ValueError as error:
-        raise InvalidInput(f"header {line[:80]!r} is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise InvalidInput(f"header {line[:80]!r} is not a JSON object")
-    return header
-
-
 def frame_header(frame: Frame) -> dict[str, Any]:
     return {"schema": frame.schema, "codec": frame.codec, "bytes": frame.state_bytes, "digest": frame.digest}
 
 
-def frame_of(header: dict[str, Any], body: bytes) -> Frame:
-    """Raises InvalidInput when the header describes no state."""
+def frame_of(header: FrameHeader, body: bytes) -> Frame:
     return Frame(
-        schema=number(header, "schema"), codec=text(header, "codec"), state_bytes=number(header, "bytes"),
-        digest=text(header, "digest"), body=body,
+        schema=header.schema, codec=header.codec, state_bytes=header.bytes, digest=header.digest, body=body
     )  # fmt: skip
-
-
-# -- fields of a header, each checked where it is read: InvalidInput for one that is missing or of another type --------
-def number(header: dict[str, Any], name: str) -> int:
-    return _whole(header.get(name), name)
-
-
-def numbers(header: dict[str, Any], name: str) -> tuple[int, ...]:
-    values = sequence(header, name)
-    if _INT.issuperset(map(type, values)) and min(values, default=0) >= 0:  # all that we write
-        return tuple(values)
-    return tuple(_whole(value, name) for value in values)
-
-
-def text(header: dict[str, Any], name: str) -> str:
-    value = header.get(name)
-    if not isinstance(value, str):
-        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be text")
-    return value
-
-
-def sequence(header: dict[str, Any], name: str) -> list[Any]:
-    value = header.get(name)
-    if not isinstance(value, list):
-        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be a list")
-    return value
-
-
-def _whole(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidInput(f"{name!r} of a header is {jsonlike.shown(value)}: must be a whole number, 0 or more")
-    return value

@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 
 from routing import control, shard_map
-from routing.control import ROWS_PER_PAGE, ManifestRow, StepRequest
+from routing.control import ROWS_PER_PAGE, ManifestRow, Staged, StepRequest, Verified
 from routing.directory import Directory
 from routing.errors import (
     Busy,
@@ -38,10 +38,10 @@ from routing.link import Link
 from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
+from routing.typed import taken_as
 from runtime import rules
 from runtime.catch_up import CatchUp
 from runtime.chunks import ChunkSender
-from runtime.codec import number, numbers, text
 from runtime.errand import Errand
 from runtime.host import Host
 from runtime.live_actor import LiveActor
@@ -343,7 +343,8 @@ class Handover:
         except Unavailable as error:
             log.info("destination lacks something", move=request.move, error=str(error))
             return -1, ""
-        return number(answer, "actors"), text(answer, "incarnation")
+        verified = taken_as(Verified, answer, f"answer of {request.destination}")
+        return verified.actors, verified.incarnation
 
     async def _announce_ahead(self, request: StepRequest, rows: list[ManifestRow]) -> list[int]:
         lacking, _ = await self._announce(request, rows, of=len(rows), ahead=True)
@@ -356,7 +357,7 @@ class Handover:
         """
         while (answer := await self._ask_destination(request, "verify_ahead", request)).get("pending"):
             pass
-        return text(answer, "incarnation")
+        return taken_as(Verified, answer, f"answer of {request.destination}").incarnation
 
     async def _announce(
         self, request: StepRequest, rows: list[ManifestRow], *, of: int, ahead: bool = False
@@ -370,9 +371,10 @@ class Handover:
         word = None
         for page in manifest_pages(request, rows, verify=not ahead):
             answer = await self._ask_destination(request, "stage_ahead" if ahead else "stage", page)
-            lacking += numbers(answer, "lacking")
-            if "incarnation" in answer and number(answer, "actors") == of:
-                word = text(answer, "incarnation")
+            staged = taken_as(Staged, answer, f"answer of {request.destination}")
+            lacking += staged.lacking
+            if staged.actors == of:
+                word = staged.incarnation
         if not {row.index for row in rows}.issuperset(lacking):
             raise InvalidInput(f"{request.destination} lacks actors that were never announced: upgrade it")
         return lacking, word if not lacking else None

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, assert_never
 
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from routing import jsonlike
@@ -33,8 +33,8 @@ from routing.link import Appended, Entry, Link
 from routing.session_id import opened_at
 from routing.subjects import Subjects
 from routing.typed import UNREADABLE, Count
-from runtime.codec import Frame, aside, frame_header, frame_of, header_in, join, numbers, split_line
-from runtime.memory import check_memory
+from runtime.codec import Frame, aside, frame_header, join, split
+from runtime.memory import read_memory
 from runtime.turn import Turn
 
 PIECES_AT_ONCE, ENTRIES_AT_ONCE = 16, 256  # messages that are read at once, each time with a deadline of its own
@@ -106,7 +106,15 @@ class _Claim(_Entry, tag="claim"):
 
 
 class _Snapshot(_Entry, tag="snapshot"):
+    """Either says what is in its body, or in which pieces that was stored."""
+
     kind = Kind.SNAPSHOT
+    pieces: tuple[Count, ...] | UnsetType = UNSET
+    memory: Raw | UnsetType = UNSET
+    schema: Count | UnsetType = UNSET
+    codec: str | UnsetType = UNSET
+    bytes: Count | UnsetType = UNSET
+    digest: str | UnsetType = UNSET
 
 
 class _Piece(_Entry, tag="piece"):
@@ -292,7 +300,7 @@ def encode_record(record: Record) -> bytes:
 def decode_record(payload: bytes) -> Record:
     """Raises StateNotPortable for anything `encode_record` of this or an older version did not write."""
     try:
-        line, body = split_line(payload)
+        line, body = split(payload)
         entry = _read_entry(line)
         record = Record(entry.kind, entry.epoch, entry.incarnation, entry.trail)
         match entry:
@@ -306,7 +314,7 @@ def decode_record(payload: bytes) -> Record:
             case _Piece():
                 record.piece = body
             case _Snapshot():
-                _replaces(record, header_in(line), body)
+                _replaces(record, entry, body)
             case _Claim():
                 pass
             case _:
@@ -328,14 +336,22 @@ def _answers(record: Record, entry: _Answered) -> None:
         record.session, record.number = entry.session, entry.number
 
 
-def _replaces(record: Record, header: dict[str, Any], body: bytes) -> None:
+def _replaces(record: Record, entry: _Snapshot, body: bytes) -> None:
     """Say what the snapshot puts in the place of all before it."""
-    if "pieces" not in header:
-        record.memory, record.frame = check_memory(header.get("memory")), frame_of(header, body)
+    if entry.pieces is not UNSET:
+        record.pieces = entry.pieces
+        if not record.pieces:
+            raise InvalidInput("a snapshot in no pieces")
         return
-    record.pieces = numbers(header, "pieces")
-    if not record.pieces:
-        raise InvalidInput("a snapshot in no pieces")
+    if (
+        entry.memory is UNSET or entry.schema is UNSET or entry.codec is UNSET
+        or entry.bytes is UNSET or entry.digest is UNSET
+    ):  # fmt: skip
+        raise InvalidInput("a snapshot that does not say what is in it")
+    record.memory = read_memory(bytes(entry.memory))
+    record.frame = Frame(
+        schema=entry.schema, codec=entry.codec, state_bytes=entry.bytes, digest=entry.digest, body=body
+    )  # fmt: skip
 
 
 def _events(text: bytes) -> list[list[Any]]:

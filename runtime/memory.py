@@ -18,7 +18,7 @@ import orjson
 from routing import errors
 from routing.envelope import Answer
 from routing.errors import InDoubt, InvalidInput
-from routing.jsonlike import shown
+from routing.jsonlike import loads, shown
 from routing.session_id import IN_FLIGHT, opened_at
 from routing.settings import Settings
 
@@ -54,8 +54,7 @@ class Memory:
 
     @classmethod
     def from_document(cls, document: dict[str, Any], limits: Limits) -> Memory:
-        """The inverse of `to_document`; smaller limits keep the newest. Raises InvalidInput."""
-        check_memory(document)
+        """The inverse of `to_document`, for what `check_memory` has let in; smaller limits keep the newest."""
         memory = cls(limits)
         memory.commands = AnsweredCommands.from_document(document["commands"], limits.commands)
         memory.sessions = AnsweredSessions.from_document(document["sessions"], limits.sessions)
@@ -121,10 +120,9 @@ class AnsweredCommands:
 
     @classmethod
     def from_document(cls, document: Iterable[Sequence[Any]], limit: int) -> AnsweredCommands:
-        """The inverse of `to_document`. Raises InvalidInput."""
+        """The inverse of `to_document`."""
         window = cls(limit)
-        for entry in document:
-            message_id, reply, *error = _check_answer(entry, str)
+        for message_id, reply, *error in document:
             window.add(message_id, reply, error[0] if error else None)
         return window
 
@@ -188,15 +186,12 @@ class AnsweredSessions:
 
     @classmethod
     def from_document(cls, document: dict[str, Any], limit: int) -> AnsweredSessions:
-        """The inverse of `to_document`. Raises InvalidInput."""
+        """The inverse of `to_document`."""
         sessions = cls(limit)
         sessions.floor = document["floor"]
-        for session, last, replies in document["known"]:
-            for entry in replies:
-                number, reply, *error = _check_answer(entry, int)
+        for session, _, replies in document["known"]:
+            for number, reply, *error in replies:
                 sessions.add(session, number, reply, error[0] if error else None)
-            if sessions.last(session) != last:
-                raise InvalidInput(f"session {session} ends at {last}, but its last reply is another's")
         return sessions
 
 
@@ -232,15 +227,31 @@ _FORGOTTEN = errors.to_wire(
 )
 
 
+def read_memory(text: bytes) -> dict[str, Any]:
+    """What an actor remembers, from JSON text. Raises InvalidInput."""
+    try:
+        document = loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"what an actor remembers of its commands is malformed: {shown(error)}") from error
+    return check_memory(document)
+
+
 def check_memory(document: Any) -> dict[str, Any]:
     """Return `document` if `Memory.to_document` can have made it. Raises InvalidInput otherwise."""
-    commands, sessions = _values(document, commands=list, sessions=dict)
-    floor, known = _values(sessions, floor=int, known=list)
-    if floor < 0:
-        raise InvalidInput("what an actor remembers of its commands is malformed")
+    if type(document) is dict and len(document) == 2:
+        commands, sessions = document.get("commands"), document.get("sessions")
+        if type(commands) is list and type(sessions) is dict and len(sessions) == 2:
+            floor, known = sessions.get("floor"), sessions.get("known")
+            if type(floor) is int and floor >= 0 and type(known) is list:
+                _check_answers(commands, known)
+                return document
+    raise InvalidInput("what an actor remembers of its commands is malformed")
+
+
+def _check_answers(commands: list[Any], sessions: list[Any]) -> None:
     for entry in commands:
         _check_answer(entry, str)
-    for session in known:
+    for session in sessions:
         match session:
             case [str(name), int(), [_, *_] as replies]:
                 opened_at(name)
@@ -249,16 +260,6 @@ def check_memory(document: Any) -> dict[str, Any]:
                 raise InvalidInput(f"{shown(session)} is no session: expected [id, last, replies]")
         if numbers != sorted(set(numbers)) or numbers[0] < 1 or numbers[-1] != session[1]:
             raise InvalidInput(f"session {name} ends at {session[1]}, its replies at {numbers[-1]}")
-    return dict(document)
-
-
-def _values(document: Any, **kinds: type) -> list[Any]:
-    """The values of a JSON object that has exactly these names, with values of these types. Raises InvalidInput."""
-    if type(document) is dict and document.keys() == kinds.keys():
-        values = [document[name] for name in kinds]
-        if [type(value) for value in values] == list(kinds.values()):
-            return values
-    raise InvalidInput("what an actor remembers of its commands is malformed")
 
 
 def _answer(known: list[Any]) -> Answer:

@@ -24,7 +24,7 @@ import structlog
 
 from routing import control
 from routing.birth import found_or_join
-from routing.control import MigrationRequest, StepRequest
+from routing.control import read_migration_request, read_step_request
 from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
 from routing.errors import FerryError, Incompatible, InvalidInput, TransientError
@@ -290,12 +290,11 @@ class Node:
 
     async def _control(self, verb: str, message: Message) -> None:
         try:
-            kind, run = self._verbs.get(verb, (None, None))
-            if run is None:
+            if verb not in self._verbs:
                 raise InvalidInput(f"verb {verb!r} is unknown here: upgrade this node")
+            read, run = self._verbs[verb]
             self._failpoints.hit(verb)
-            asked = control.decode(message.payload) if kind is None else control.read(kind, message.payload)
-            result: dict[str, Any] | Exception = await run(asked)
+            result: dict[str, Any] | Exception = await run(read(message.payload))
         except FerryError as error:
             if type(error) is InvalidInput:  # its subclasses are about what is installed, not about the message
                 self.host.counters["malformed"] += 1
@@ -326,12 +325,14 @@ class Node:
         leaving = ("precopy", "pause", "prepare", "capture", "serialize", "send", "await_ack", "commit", "resume")
         arriving = ("verify", "verify_ahead", "activate")
         return {
-            **{verb: (StepRequest, getattr(self._handover, verb)) for verb in leaving},
-            **{verb: (StepRequest, getattr(self._reception, verb)) for verb in arriving},
-            **dict.fromkeys(("stage", "stage_ahead"), (MigrationRequest, self._reception.handle_migration_request)),
-            "drain": (None, self._drain_asked),
-            "inventory": (None, self._inventory),
-            "status": (None, self._status),
+            **{verb: (read_step_request, getattr(self._handover, verb)) for verb in leaving},
+            **{verb: (read_step_request, getattr(self._reception, verb)) for verb in arriving},
+            **dict.fromkeys(
+                ("stage", "stage_ahead"), (read_migration_request, self._reception.handle_migration_request)
+            ),
+            "drain": (control.decode, self._drain_asked),
+            "inventory": (control.decode, self._inventory),
+            "status": (control.decode, self._status),
         }
 
     async def _drain_asked(self, _: Any) -> dict[str, Any]:

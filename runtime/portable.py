@@ -5,22 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Raw
+
 from routing.address import ActorId
+from routing.typed import Count, reader
 from runtime.actor import ActorClasses
-from runtime.codec import (
-    Frame,
-    frame_header,
-    frame_of,
-    join,
-    number,
-    numbers,
-    restore_state,
-    split,
-    text,
-    unpack,
-)
+from runtime.codec import Frame, FrameHeader, frame_header, frame_of, join, restore_state, split, unpack
 from runtime.live_actor import LiveActor
-from runtime.memory import Limits, Memory, check_memory
+from runtime.memory import Limits, Memory, read_memory
+
+
+class _Header(FrameHeader, kw_only=True):
+    actor: str
+    version: Count
+    epoch: Count
+    trail: tuple[Count, ...]
+    memory: Raw
+
+
+_read_header = reader(_Header, "header of a state")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +47,11 @@ class Portable:
     @classmethod
     def decode(cls, payload: bytes | bytearray) -> Portable:
         """Raises InvalidInput for anything that `encode` did not write."""
-        header, body = split(payload)
+        line, body = split(payload)
+        header = _read_header(line)
         return cls(
-            actor_id=ActorId.parse(text(header, "actor")), version=number(header, "version"),
-            epoch=number(header, "epoch"), trail=numbers(header, "trail"),
-            memory=check_memory(header.get("memory")), frame=frame_of(header, body),
+            actor_id=ActorId.parse(header.actor), version=header.version, epoch=header.epoch, trail=header.trail,
+            memory=read_memory(bytes(header.memory)), frame=frame_of(header, body),
         )  # fmt: skip
 
     def state(self, max_state_bytes: int) -> bytes:

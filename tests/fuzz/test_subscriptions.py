@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import orjson
@@ -112,8 +111,8 @@ def test_garbage_instead_of_a_verb_is_counted_and_answered_and_the_node_serves_o
     async def example(payload: bytes, verb: str) -> None:
         before = scene.malformed()["a"]
         answer = await scene.post(scene.small.subjects.control("a", verb), payload)
-        kind = MigrationRequest if verb == "stage" else StepRequest if verb in STEP_VERBS else None
-        read = control.decode if kind is None else partial(control.read, kind)
+        steps = dict.fromkeys(STEP_VERBS, control.read_step_request)
+        read: Any = {**steps, "stage": control.read_migration_request}.get(verb, control.decode)
         if refused(read, payload) or verb == "no_such_verb":
             assert scene.malformed()["a"] == before + 1
             assert answer is not None

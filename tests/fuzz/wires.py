@@ -19,7 +19,8 @@ from routing.errors import FerryError, Incompatible, InvalidInput, PayloadTooLar
 from routing.lease import decode_lease
 from routing.membership import member_of
 from routing.shard_map import Ownership
-from runtime.codec import frame_header, frame_of, join, pack, split, unpack
+from routing.typed import reader
+from runtime.codec import Frame, FrameHeader, frame_header, frame_of, join, pack, split, unpack
 from runtime.journal import Record, decode_record, encode_record
 from runtime.memory import Limits, Memory, check_memory
 from runtime.portable import Portable
@@ -97,8 +98,16 @@ def _write_state(state: bytes) -> bytes:
 
 
 def _read_state(payload: bytes) -> bytes:
-    header, body = split(payload)
-    return unpack(frame_of(header, body), max_bytes=MAX_BYTES)
+    return unpack(_read_frame(payload), max_bytes=MAX_BYTES)
+
+
+_read_frame_header = reader(FrameHeader, "header")
+
+
+def _read_frame(payload: bytes) -> Frame:
+    """As a transfer and a snapshot bring it, each with more in its header."""
+    line, body = split(payload)
+    return frame_of(_read_frame_header(line), body)
 
 
 WIRES = [
@@ -109,11 +118,11 @@ WIRES = [
     Wire(name="Answer", values=valid(Answer), write=encode_answer, read=decode_answer, shape=_shape),
     Wire(
         name="StepRequest", values=valid(StepRequest), write=control.encode,
-        read=lambda payload: control.read(StepRequest, payload),
+        read=control.read_step_request,
     ),
     Wire(
         name="MigrationRequest", values=valid(MigrationRequest), write=control.encode,
-        read=lambda payload: control.read(MigrationRequest, payload),
+        read=control.read_migration_request,
     ),
     Wire(
         name="verb result", values=st.dictionaries(st.text("ab"), JSON) | ERRORS, write=control.encode_result,
@@ -141,7 +150,7 @@ WIRES = [
     ),
     Wire(
         name="frame", values=FRAMES, write=lambda frame: join(frame_header(frame), frame.body),
-        read=lambda payload: frame_of(*split(payload)),
+        read=_read_frame,
     ),
     Wire(
         name="state", values=st.binary(max_size=3_000), write=_write_state, read=_read_state,

@@ -6,8 +6,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
-from routing.control import StepRequest
+from routing.control import StepRequest, read_migration_request
 from routing.errors import Timeout, Unavailable
 from runtime.handover import FEW
 from tests.unit.cluster import SmallCluster, cluster
@@ -120,10 +121,10 @@ async def test_a_pause_does_not_wait_for_a_destination_that_is_away() -> None:
             await asyncio.sleep(60.0)
             return {}
 
-        small.nodes["b"].node._verbs["stage"] = (None, silent)
+        small.nodes["b"].node._verbs["stage"] = (read_migration_request, silent)
         began_s = clock()
 
-        paused = await small.ask("pause", replace(request, ahead=True))
+        paused = await small.ask("pause", structs.replace(request, ahead=True))
 
         assert clock() - began_s < 0.1
         assert list(paused["prepared"]) == ["capture", "serialize"]
@@ -356,7 +357,7 @@ async def test_a_step_that_was_refused_is_recorded_when_it_passes() -> None:
         async def refuse(_: object) -> dict[str, object]:
             raise Unavailable("not now")
 
-        stage, verbs["stage"] = verbs["stage"], (None, refuse)
+        stage, verbs["stage"] = verbs["stage"], (read_migration_request, refuse)
         await driver.take(PAUSE, context, move.id, 0)
         await asyncio.sleep(0.1)
         with pytest.raises(Unavailable):

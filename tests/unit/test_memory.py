@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from routing.errors import InDoubt, InvalidInput, Rejected, to_wire
 from routing.session_id import IN_FLIGHT
-from runtime.memory import LARGE_BYTES, REPLIES_BYTES, AnsweredCommands, Limits, Memory
+from runtime.memory import LARGE_BYTES, REPLIES_BYTES, AnsweredCommands, Limits, Memory, check_memory
 
 ENTRIES = st.lists(
     st.tuples(st.integers(0, 12).map(lambda n: f"m-{n}"), st.integers() | st.text(), st.booleans()), max_size=30
@@ -100,7 +100,7 @@ DAMAGED = [None, 7, "m", [], ["m"], [1, 2], ["m", 1, {"kind": "Rejected"}], ["m"
 def test_a_damaged_window_is_invalid_input(entry: Any) -> None:
     """A wrong answer remembered would be given to whoever repeats the command."""
     with pytest.raises(InvalidInput):
-        AnsweredCommands.from_document([["fine", 1], entry], 10)
+        check_memory({"commands": [["fine", 1], entry], "sessions": {"floor": 0, "known": []}})
 
 
 # -- sender sessions ---------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_sessions_are_the_same_after_a_snapshot(calls: list[tuple[int, bool]]) -
 def test_damaged_sessions_are_invalid_input(sessions: Any) -> None:
     """A wrong number remembered would apply a command twice, or never."""
     with pytest.raises(InvalidInput):
-        Memory.from_document({"commands": [], "sessions": sessions}, LIMITS)
+        check_memory({"commands": [], "sessions": sessions})
 
 
 # -- large replies -----------------------------------------------------------------------------------------------------

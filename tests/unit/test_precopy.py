@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import string
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from routing.address import ActorId
 from routing.control import MigrationRequest
