@@ -8,6 +8,7 @@ a delivery        the message itself, to a watch's consumer (routing/nats_watch.
 
 from __future__ import annotations
 
+import re
 from binascii import a2b_base64
 
 import orjson
@@ -16,6 +17,7 @@ from routing.errors import StreamMissing, Unavailable
 from routing.link import Entry
 
 _NO_MESSAGE, _NO_STREAM = 10037, 10059
+_REMOVED = re.compile(rb"\r\n(?:KV-Operation: (?:DEL|PURGE)|Nats-Marker-Reason:)")
 _SUBJECT, _SEQUENCE = b"\r\nNats-Subject: ", b"\r\nNats-Sequence: "
 
 
@@ -49,9 +51,5 @@ def entry_in_message(headers: bytes, payload: bytes) -> Entry | None:
 
 def stored_entry(sequence: int, subject: str, payload: bytes, headers: bytes) -> Entry:
     """What stands at `sequence`, by its headers as they came (b"" when there are none)."""
-    removed = (
-        b"\r\nKV-Operation: DEL" in headers
-        or b"\r\nKV-Operation: PURGE" in headers
-        or b"\r\nNats-Marker-Reason:" in headers
-    )
+    removed = _REMOVED.search(headers) is not None
     return Entry(sequence, subject, b"" if removed else payload, removed)

@@ -42,6 +42,7 @@ from workflows.records import (
 )
 from workflows.store_deadlines import many_trips, one_trip
 from workflows.store_keys import DELETE_MOVE, SAVE_PLAN, Keys
+from workflows.store_reads import Reads
 from workflows.store_saves import BATCH, Saves
 from workflows.store_unreadable import Unreadable, filed_under
 
@@ -62,6 +63,8 @@ class RecordStore:
         self._keys = Keys(cluster)
         self._unreadable = Unreadable(redis, self._keys, self.counters)
         self._saves = Saves(redis, self._keys)
+        self._move_reads = Reads(self._moves, timeout_s=timeout_s)
+        self._plan_reads = Reads(self._plans, timeout_s=timeout_s)
         self._save_plan = redis.register_script(SAVE_PLAN)
         self._delete_move = redis.register_script(DELETE_MOVE)
 
@@ -134,14 +137,14 @@ class RecordStore:
         document = to_document(plan)
         flags = [orjson.dumps(document[name]) for name in ("started_at", "finished_at", "cancelled")]
         await self._save_plan(keys=[self._keys.plan(plan.id), self._keys.running], args=[plan.id, *flags])
-        stored = await self._plan(plan.id)
+        stored = await self._plan_reads.one(plan.id)
         if stored is None:
             raise NotApplicable(f"plan {plan.id} is not stored (any more): list the plans again")
         return stored
 
     @one_trip
     async def plan(self, plan_id: str) -> MigrationPlan | None:
-        return await self._plan(plan_id)
+        return await self._plan_reads.one(plan_id)
 
     @many_trips
     async def latest_plan(self) -> MigrationPlan | None:
@@ -170,7 +173,7 @@ class RecordStore:
 
     @one_trip
     async def move(self, move_id: str) -> Move | None:
-        return next(iter(await self._moves([move_id])), None)
+        return await self._move_reads.one(move_id)
 
     @many_trips
     async def moves(
@@ -325,9 +328,6 @@ class RecordStore:
         return weight
 
     # -- reading ---------------------------------------------------------------------------------------------------
-    async def _plan(self, plan_id: str) -> MigrationPlan | None:
-        return next(iter(await self._plans([plan_id])), None)
-
     async def _plans(self, ids: Sequence[str]) -> list[MigrationPlan]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for plan_id in ids:
