@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 
 import orjson
 
-from routing.errors import Incompatible, InDoubt, Timeout, Unavailable, WrongSequence
-from routing.jsonlike import shown
+from routing.errors import Incompatible, InDoubt, InvalidInput, Timeout, Unavailable, WrongSequence
 from routing.link import Entry, Link, StreamSpec
 from routing.logs import get_logger
 from routing.settings import MAX_LOGS, MAX_SHARDS, Settings
 from routing.subjects import CLUSTER_KEY, Subjects, kv_stream, kv_subject
+from routing.typed import reader
 
 log = get_logger("ferry.birth")
 
@@ -32,6 +32,9 @@ class Birth:
     logs: int
     wire: int
     id: str = ""
+
+
+_read = reader(Birth, "its birth document")
 
 
 async def found_or_join(link: Link, settings: Settings) -> Birth:
@@ -100,14 +103,9 @@ async def last_birth(link: Link, subjects: Subjects, *, timeout_s: float) -> Ent
 def decode_birth(payload: bytes, cluster: str) -> Birth:
     """Raises Incompatible for another wire version, and for what no Ferry wrote."""
     try:
-        document = orjson.loads(payload)
-        born = Birth(shards=document["shards"], logs=document["logs"], wire=document["wire"], id=document.get("id", ""))
-        if any(type(value) is not int for value in (born.shards, born.logs, born.wire)):
-            raise TypeError("expected three whole numbers")
-        if type(born.id) is not str:
-            raise TypeError("expected an id")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Incompatible(f"cluster {cluster} has an unreadable birth document: {shown(error)}") from error
+        born = _read(payload)
+    except InvalidInput as error:
+        raise Incompatible(f"cluster {cluster}: {error}") from error
     if born.wire != WIRE_VERSION:
         raise Incompatible(
             f"cluster {cluster} speaks wire version {born.wire}, this is {WIRE_VERSION}:"

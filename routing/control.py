@@ -91,6 +91,21 @@ class Staged(Struct):
     incarnation: str | None = None
 
 
+class InventoryRequest(Struct):
+    """Where a page of live actors begins: at a unit's name, and how many of its actors to skip."""
+
+    after: str = ""
+    skip: Count = 0
+
+
+class Inventory(Struct):
+    """A page of a node's live actors, each with the bytes of its state; what to ask for `next`, None after the last."""
+
+    units: dict[str, list[tuple[str, Count]]]
+    next: InventoryRequest | None
+
+
+read_inventory_request = reader(InventoryRequest, "request")
 read_step_request = reader(StepRequest, "request")
 read_migration_request = reader(MigrationRequest, "request")
 

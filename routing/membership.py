@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, structs
 
 from routing.address import check_node_id
 from routing.errors import InvalidInput
-from routing.jsonlike import shown
 from routing.lease import RENEWALS_PER_LEASE, boottime_s, decode_lease
 from routing.link import Entry, Link, Subscription
 from routing.logs import get_logger
 from routing.subjects import LEADER_KEY, Subjects, kv_stream, kv_subject
+from routing.typed import taken_as
 
 log = get_logger("ferry.membership")
 
@@ -142,7 +145,7 @@ class Membership:
         try:
             document = None if entry.removed else decode_lease(entry.payload)
             if key == LEADER_KEY:
-                self._leader = None if document is None else _text(document, "name", "?")
+                self._leader = None if document is None else _leader_of(document)
             elif key.startswith("node.") and not renewal_seen_before:
                 self._on_node(key.removeprefix("node."), document)
         except InvalidInput as error:
@@ -165,31 +168,27 @@ class Membership:
             observer()
 
 
+class _LeaderLease(Struct):
+    name: str = "?"
+
+
+def _leader_of(document: dict[str, Any]) -> str:
+    return taken_as(_LeaderLease, document, "lease of the leader").name
+
+
+class _NodeLease(Struct):
+    incarnation: str
+    weight: Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+    types: tuple[str, ...]
+    state: NodeState
+    role: str = ""
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    schemas: dict[str, int] = {}
+
+
 def member_of(node: str, document: dict[str, Any]) -> Member:
     """The node that this lease describes. Raises InvalidInput naming what it cannot be by."""
-    weight, types, pid = document.get("weight"), document.get("types"), document.get("pid", 0)
-    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
-        raise InvalidInput(f"lease of node {node} is malformed: weight {shown(weight)}")
-    if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
-        raise InvalidInput(f"lease of node {node} is malformed: types {shown(types)}")
-    if not isinstance(pid, int):
-        raise InvalidInput(f"lease of node {node} is malformed: pid {shown(pid)}")
-    schemas = document.get("schemas", {})
-    if not isinstance(schemas, dict) or not all(type(schema) is int for schema in schemas.values()):
-        raise InvalidInput(f"lease of node {node} is malformed: schemas {shown(schemas)}")
-    try:
-        state = NodeState(_text(document, "state", ""))
-    except ValueError as error:
-        raise InvalidInput(f"lease of node {node} is malformed: {shown(error)}") from error
-    return Member(
-        id=check_node_id(node), incarnation=document["incarnation"], state=state, weight=float(weight),
-        role=_text(document, "role", ""), types=tuple(types), host=_text(document, "host", ""), pid=pid,
-        version=_text(document, "version", ""), schemas=schemas,
-    )  # fmt: skip
-
-
-def _text(document: dict[str, Any], name: str, default: str) -> str:
-    value = document.get(name, default)
-    if not isinstance(value, str):
-        raise InvalidInput(f"lease is malformed: {name} {shown(value)}")
-    return value
+    lease = taken_as(_NodeLease, document, f"lease of node {node}")
+    return Member(id=check_node_id(node), **structs.asdict(lease))

@@ -24,7 +24,7 @@ import structlog
 
 from routing import control
 from routing.birth import found_or_join
-from routing.control import read_migration_request, read_step_request
+from routing.control import InventoryRequest, read_inventory_request, read_migration_request, read_step_request
 from routing.directory import Directory
 from routing.envelope import Answer, decode_command, encode_answer
 from routing.errors import FerryError, Incompatible, InvalidInput, TransientError
@@ -331,7 +331,7 @@ class Node:
                 ("stage", "stage_ahead"), (read_migration_request, self._reception.handle_migration_request)
             ),
             "drain": (control.decode, self._drain_asked),
-            "inventory": (control.decode, self._inventory),
+            "inventory": (read_inventory_request, self._inventory),
             "status": (control.decode, self._status),
         }
 
@@ -340,15 +340,9 @@ class Node:
             await self._become(NodeState.DRAINING)
         return {"state": self.state, "shards": self._owned()}
 
-    async def _inventory(self, asked: Any) -> dict[str, Any]:
-        """`{"units": {unit: [[actor, bytes of its state], ...]}, "next": ...}`: a page of the live actors.
-
-        `next` is what to ask for the following page, null after the last.
-        """
-        after, skip = asked.get("after", ""), asked.get("skip", 0)
-        if not isinstance(after, str) or type(skip) is not int or skip < 0:
-            raise InvalidInput("an inventory is asked for from a unit's name, and how many of its actors to skip")
-        page = self.host.inventory(after, skip)
+    async def _inventory(self, asked: InventoryRequest) -> dict[str, Any]:
+        """A page of the live actors: `control.Inventory`."""
+        page = self.host.inventory(asked.after, asked.skip)
         following = None if page.following is None else {"after": page.following[0], "skip": page.following[1]}
         return {"units": page.units, "next": following}
 

@@ -26,7 +26,7 @@ import structlog
 from routing import control
 from routing.address import ActorId
 from routing.birth import found_or_join
-from routing.control import COORDINATOR
+from routing.control import COORDINATOR, Inventory, InventoryRequest
 from routing.directory import Directory, MapEntry
 from routing.errors import FerryError, InDoubt, InvalidInput, NotApplicable, TransientError, Unavailable
 from routing.jsonlike import shown
@@ -37,6 +37,7 @@ from routing.placement import ConsistentHashPlacement
 from routing.settings import Settings
 from routing.shard_map import Ownership
 from routing.subjects import LEADER_KEY, SUSPENDED_KEY, Subjects, actor_of_key, kv_stream, kv_subject, shard_of_key
+from routing.typed import taken_as
 from workflows import planner, reconciler
 from workflows.admission import Admission
 from workflows.assignment import Assignment, shard_in
@@ -331,17 +332,17 @@ class Coordinator:
     async def _inventory_of(self, node: str) -> planner.Inventory:
         """All pages of a node's inventory. Raises InvalidInput when it is none, Unavailable, Timeout."""
         found: dict[str, list[tuple[str, int]]] = {}
-        asked: dict[str, Any] = {}
+        asked = InventoryRequest()
         for _ in range(INVENTORY_PAGES):
             answer = await control.ask(self._link, self._subjects, node, "inventory", asked, timeout_s=INVENTORY_S)
-            for unit, actors in _inventory(answer).items():
-                found.setdefault(unit, []).extend(actors)
-            following = answer.get("next")
-            if following is None:
+            page = taken_as(Inventory, answer, f"inventory of {node}")
+            for unit, actors in page.units.items():
+                if shard_of_key(unit) is None and actor_of_key(unit) is None:
+                    raise InvalidInput(f"inventory of {node} names {shown(unit)}: expected a unit")
+                found.setdefault(unit, []).extend((str(ActorId.parse(actor)), size) for actor, size in actors)
+            if page.next is None:
                 return found
-            if not isinstance(following, dict):
-                raise InvalidInput(f"inventory goes on at {shown(following)}: expected what to ask next")
-            asked = following
+            asked = page.next
         raise InvalidInput(f"inventory of {node} does not end after {INVENTORY_PAGES} pages")
 
     async def handle_rebalance_request(self, request: RebalanceRequest) -> MigrationPlan:
@@ -413,25 +414,6 @@ class Coordinator:
             await self._link.publish(message.reply, control.encode_result(result))
         except FerryError as error:
             log.warning("answer not sent", verb=verb, error=str(error))
-
-
-def _inventory(answer: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
-    """unit -> its live actors with the bytes of their state. Raises InvalidInput for what a node would not answer."""
-    found: dict[str, list[tuple[str, int]]] = {}
-    units = answer.get("units")
-    for unit, rows in units.items() if isinstance(units, dict) else [("units", units)]:
-        if (shard_of_key(unit) is None and actor_of_key(unit) is None) or not isinstance(rows, list):
-            raise InvalidInput(f"inventory names {shown(unit)} with {shown(rows)}: expected a unit with its actors")
-        found[unit] = [_actor_and_size(row) for row in rows]
-    return found
-
-
-def _actor_and_size(row: Any) -> tuple[str, int]:
-    match row:
-        case [str(actor), int(size)] if size >= 0:
-            return str(ActorId.parse(actor)), size
-        case _:
-            raise InvalidInput(f"inventory has {shown(row)}: expected [actor, bytes of its state]")
 
 
 def _move_of(plan_id: str, planned: PlannedMove, now: float) -> Move:

@@ -111,8 +111,8 @@ def test_garbage_instead_of_a_verb_is_counted_and_answered_and_the_node_serves_o
     async def example(payload: bytes, verb: str) -> None:
         before = scene.malformed()["a"]
         answer = await scene.post(scene.small.subjects.control("a", verb), payload)
-        steps = dict.fromkeys(STEP_VERBS, control.read_step_request)
-        read: Any = {**steps, "stage": control.read_migration_request}.get(verb, control.decode)
+        others = {"stage": control.read_migration_request, "inventory": control.read_inventory_request}
+        read: Any = (dict.fromkeys(STEP_VERBS, control.read_step_request) | others).get(verb, control.decode)
         if refused(read, payload) or verb == "no_such_verb":
             assert scene.malformed()["a"] == before + 1
             assert answer is not None
