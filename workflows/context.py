@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 import uvloop
+from msgspec import Struct
 
 from routing import control, shard_map
 from routing.birth import read_birth
@@ -32,12 +33,12 @@ from routing.errors import (
 )
 from routing.failpoints import Failpoints
 from routing.identity import Identity
-from routing.jsonlike import shown
 from routing.link import Link
 from routing.nats_link import NatsLink
 from routing.settings import Settings
 from routing.shard_map import Outcome
 from routing.subjects import Subjects
+from routing.typed import Count, taken_as
 from workflows import settlement
 from workflows.ahead import Ahead
 from workflows.foreground import collect_less_often
@@ -54,6 +55,11 @@ T = TypeVar("T")
 MOVES_RECALLED = 256  # a worker has few moves on their way at a time
 PROMPT_S = 0.01  # a status is recorded by then at the latest; most often several go in one save
 SAVE_ATTEMPTS = 8  # a move has six steps, each of which is saved once at most, as a rule
+
+
+class _Page(Struct):
+    rows: list[ActorRow]
+    next: Count | None
 
 
 class StepContext:
@@ -174,17 +180,17 @@ class StepContext:
             answer = await self.ask(node, verb, move, ahead=ahead)
         return move, answer
 
-    async def ask_rows(self, node: str, verb: str, move: Move) -> list[dict[str, Any]]:
-        """Ask for a verb that answers with a row per actor, page by page."""
-        rows: list[dict[str, Any]] = []
+    async def ask_rows(self, node: str, verb: str, move: Move) -> list[ActorRow]:
+        """Ask for a verb that answers with a row per actor, page by page. Raises InvalidInput for another answer."""
+        rows: list[ActorRow] = []
         offset: int | None = 0
         while offset is not None:
-            page = await self.ask(node, verb, move, offset=offset)
-            following = page.get("next")
-            if not isinstance(page.get("rows"), list) or not (following is None or following == offset + ROWS_PER_PAGE):
-                raise InvalidInput(f"{node} answered {verb} with {shown(page)}: expected a page of rows")
-            rows.extend(page["rows"])
-            offset = following
+            answer = await self.ask(node, verb, move, offset=offset)
+            page = taken_as(_Page, answer, f"answer of {node} to {verb}")
+            if page.next not in (None, offset + ROWS_PER_PAGE):
+                raise InvalidInput(f"{node} answered {verb} with rows that go on at {page.next}")
+            rows.extend(page.rows)
+            offset = page.next
         return rows
 
     # -- writing down ------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ from routing.shard_map import Outcome
 from workflows.app import PRIORITY_BEGUN, PRIORITY_PAUSE, app, settings
 from workflows.context import StepContext, Worker
 from workflows.driver import STEP_RETRIES, Driver, Step
-from workflows.records import STEPS, ActorRow, MigrationStatus, Move
+from workflows.records import STEPS, MigrationStatus, Move
 
 log = structlog.get_logger("ferry.migration")
 
@@ -90,11 +90,7 @@ async def capture(context: StepContext, move: Move) -> Move:
     Undo: nothing to undo.
     """
     rows = await context.ask_rows(move.source, "capture", move)
-    actors = [
-        ActorRow(index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"])
-        for row in rows
-    ]
-    return context.passed(move, MigrationStatus.CAPTURED, actors=actors, actors_total=len(actors))
+    return context.passed(move, MigrationStatus.CAPTURED, actors=rows, actors_total=len(rows))
 
 
 async def serialize(context: StepContext, move: Move) -> Move:
@@ -107,15 +103,8 @@ async def serialize(context: StepContext, move: Move) -> Move:
     Undo: nothing to undo.
     """
     rows = await context.ask_rows(move.source, "serialize", move)
-    actors = [
-        ActorRow(
-            index=row["index"], actor_id=row["actor_id"], version=row["version"], digest=row["digest"],
-            state_bytes=row["state_bytes"],
-        )
-        for row in rows
-    ]  # fmt: skip
-    state_bytes = sum(row["state_bytes"] for row in rows)
-    return context.passed(move, MigrationStatus.SERIALIZED, actors=actors, state_bytes=state_bytes)
+    state_bytes = sum(row.state_bytes or 0 for row in rows)
+    return context.passed(move, MigrationStatus.SERIALIZED, actors=rows, state_bytes=state_bytes)
 
 
 async def send(context: StepContext, move: Move) -> Move:
