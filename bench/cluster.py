@@ -31,12 +31,13 @@ class BenchCluster:
     context: StepContext
     client: Cluster
 
-    async def migrate(self, shard: int, destination: str) -> Move:
-        """Move a shard by hand and wait for its record to end.
+    async def migrate(self, what: int | ActorId, destination: str) -> Move:
+        """Move a shard, or an actor, by hand and wait for its record to end.
 
         The map tells when there is something to read: to look for it all the time would take half a core from the move.
         """
-        asked = {"shard": shard, "destination": destination}
+        named = {"actor": str(what)} if isinstance(what, ActorId) else {"shard": what}
+        asked = {**named, "destination": destination}
         answer = await control.ask(
             self.context.link, self.context.subjects, COORDINATOR, "migrate", asked, timeout_s=5.0
         )
@@ -60,16 +61,18 @@ class BenchCluster:
         return True if latest is not None and latest.status in TERMINAL else None
 
     async def to_and_fro(
-        self, actor: ActorId, moves: int, *, beside: Callable[[], Awaitable[None]] | None = None
+        self, actor: ActorId, moves: int, *, alone: bool = False, beside: Callable[[], Awaitable[None]] | None = None
     ) -> list[float]:
         """The blackouts of an idle actor's shard that goes between a and b, in milliseconds.
 
-        `beside` is awaited after each move that counts: what is to see the same machine.
+        `alone`: without the others of its shard, pinned. `beside` is awaited after each move that counts: what is to
+        see the same machine.
         """
-        shard, blackouts = shard_of(actor, self.context.directory.shards_total), []
+        what = actor if alone else shard_of(actor, self.context.directory.shards_total)
+        blackouts: list[float] = []
         for number in range(moves + 2):
             here = await self.client.get_actor_node(actor)
-            move = await self.migrate(shard, "b" if here == "a" else "a")
+            move = await self.migrate(what, "b" if here == "a" else "a")
             if move.status is MigrationStatus.CANCELLED and not number:
                 continue  # the cluster has just come up, and its first plan took the place of this one
             if move.blackout_ms is None:

@@ -1,7 +1,7 @@
 """`rebalance`: a node joins a cluster whose actors are all in use, and gets its share of them.
 
 floor of actors/s    one bare six-step chain for each actor, on the same worker settings, measured in the same run
-floor of blackout    p50 of one idle 1 KB actor, measured in the same run before the load
+floor of blackout    p50 of one idle 1 KB actor, measured beside each join before the load
 commands             from an own process at a steady rate, to all actors in turn, while the shards move
 """
 
@@ -26,7 +26,7 @@ from workflows.records import MigrationPlan, MigrationStatus, Move
 
 ACTORS, STATE_BYTES = 10_000, 1024
 RATE = 200.0  # commands a second: a tenth of what sender, server and nodes can do together on two cores
-RUNS, IDLE_MOVES, CHAINS, WINDOWS = 5, 20, 100, (4, 8)
+RUNS, IDLE_MOVES, CHAINS, WINDOWS = 5, 8, 100, (4, 8)
 FILLING, TIMEOUT_S, SETTLE_S = 256, 60.0, 3.0
 
 
@@ -58,21 +58,25 @@ async def measure(
     actors: int = ACTORS, *, runs: int = RUNS, rate: float = RATE, idle_moves: int = IDLE_MOVES, chains: int = CHAINS,
     env: dict[str, str] | None = None,
 ) -> list[Result]:  # fmt: skip
-    """The node joins and leaves `runs` times. `env` are further settings of the cluster, FERRY_SHARDS for instance."""
-    joins, floors_per_s = [], []
+    """The node joins and leaves `runs` times, after so many idle moves and bare chains each time.
+
+    `env` are further settings of the cluster, FERRY_SHARDS for instance.
+    """
+    joins, floors_per_s, idle_ms = [], [], list[float]()
     async with bench_cluster("ab", env=env) as bench:
-        idle_ms = percentile(await idle_blackouts(bench, idle_moves), 0.5)
         await fill(bench, [actor_name(number) for number in range(actors)])
         for run in range(runs):
             if run:
                 await asyncio.to_thread(bench.local.remove, "node-c", grace_s=TIMEOUT_S)  # it drains itself
-            # Each beside its join: the machine is not always alike.
+            # Both beside each join: the machine is not always alike.
+            idle_ms += await idle_blackouts(bench, idle_moves)
             floors_per_s.append(await chain_rate(bench, chains))
             joins.append(await join(bench, actors, rate=rate))
     failed = [error for found in joins for error in found.failed]
     if failed:
         raise RuntimeError(f"{len(failed)} commands failed during the moves, the first: {failed[0]}")
-    return _results(f"{actors:,} actors", joins, floor_per_s=percentile(floors_per_s, 0.5), idle_ms=idle_ms)
+    floor_per_s = percentile(floors_per_s, 0.5)
+    return _results(f"{actors:,} actors", joins, floor_per_s=floor_per_s, idle_ms=percentile(idle_ms, 0.5))
 
 
 def _results(case: str, joins: Sequence[Rebalanced], *, floor_per_s: float, idle_ms: float) -> list[Result]:
@@ -124,10 +128,10 @@ async def chain_rate(bench: BenchCluster, chains: int) -> float:
 
 
 async def idle_blackouts(bench: BenchCluster, moves: int) -> list[float]:
-    """Of one idle 1 KB actor that goes to and fro, in milliseconds."""
+    """Of one idle 1 KB actor that goes to and fro by itself, in milliseconds."""
     actor = ActorId("blob", "idle")
     await bench.client.send_message(actor, "fill", {"text": secrets.token_hex(STATE_BYTES // 2)})
-    return await bench.to_and_fro(actor, moves)
+    return await bench.to_and_fro(actor, moves, alone=True)
 
 
 async def fill(bench: BenchCluster, actors: Sequence[str]) -> None:

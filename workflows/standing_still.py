@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-PATIENCE_S = 0.04  # about as long as a convoy stands still under load
+PATIENCE_S = 0.12  # longer than all but one convoy in a hundred stand still under load, on a slow machine
 LINE = 2  # chains that may wait; the worker's other threads are for those that stand still
 
 
