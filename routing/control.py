@@ -102,7 +102,7 @@ class Inventory(Struct):
     """A page of a node's live actors, each with the bytes of its state; what to ask for `next`, None after the last."""
 
     units: dict[str, list[tuple[str, Count]]]
-    next: InventoryRequest | None
+    next: InventoryRequest | None = None
 
 
 read_inventory_request = reader(InventoryRequest, "request")

@@ -1,12 +1,11 @@
 """Documents that are ours, read by msgspec into their types: what their fields may be, and what is said of others.
 
-Every field is checked while it is read, and none is converted: text is no number, true is none either. What is the
-application's in a message is `jsonlike`'s to read.
+Every field is checked while it is read, and none is converted, but for a whole number where any number may stand: text
+is no number, true is none either. What is the application's in a message is `jsonlike`'s to read.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -26,10 +25,8 @@ Text = Annotated[str, Meta(min_length=1)]
 # than Python's stack has room for at that moment, which is several times what is let in.
 UNREADABLE = (ValueError, RecursionError)
 
-_FAULT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<where>.*)`", re.DOTALL)
-
-
-FAULT_CHARACTERS = 200  # it may repeat what somebody sent
+FAULT_CHARACTERS = 200  # of what is said of a document: it may repeat what somebody sent
+_AT = " - at `$"  # between what msgspec found and where
 
 
 def reader(kind: type[T], what: str) -> Callable[[bytes], T]:
@@ -55,6 +52,9 @@ def taken_as(kind: type[T], values: Any, what: str) -> T:
 
 def fault(error: BaseException) -> str:
     """What was found wrong, in one line, and before it where: `rows[3].digest: Expected `str`, got `int``."""
-    told = _FAULT.fullmatch(str(error))
-    text = " ".join((f"{told['where']}: {told['what']}" if told else str(error)).split())
+    text = str(error)
+    if isinstance(error, msgspec.ValidationError) and _AT in text:
+        what, _, where = text.rpartition(_AT)
+        text = f"{where.removesuffix('`').removeprefix('.')}: {what}"
+    text = " ".join(text.split())
     return text if len(text) <= FAULT_CHARACTERS else f"{text[: FAULT_CHARACTERS - 1]}…"

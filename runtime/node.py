@@ -294,7 +294,7 @@ class Node:
                 raise InvalidInput(f"verb {verb!r} is unknown here: upgrade this node")
             read, run = self._verbs[verb]
             self._failpoints.hit(verb)
-            result: dict[str, Any] | Exception = await run(read(message.payload))
+            result: dict[str, Any] | Exception = await run(read(message.payload or b"{}"))
         except FerryError as error:
             if type(error) is InvalidInput:  # its subclasses are about what is installed, not about the message
                 self.host.counters["malformed"] += 1

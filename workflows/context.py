@@ -59,7 +59,7 @@ SAVE_ATTEMPTS = 8  # a move has six steps, each of which is saved once at most, 
 
 class _Page(Struct):
     rows: list[ActorRow]
-    next: Count | None
+    next: Count | None = None
 
 
 class StepContext:
@@ -189,6 +189,8 @@ class StepContext:
             page = taken_as(_Page, answer, f"answer of {node} to {verb}")
             if page.next not in (None, offset + ROWS_PER_PAGE):
                 raise InvalidInput(f"{node} answered {verb} with rows that go on at {page.next}")
+            if any(row.version is None or row.digest is None for row in page.rows):
+                raise InvalidInput(f"{node} answered {verb} with rows that lack a version or a digest")
             rows.extend(page.rows)
             offset = page.next
         return rows

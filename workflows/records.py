@@ -327,6 +327,6 @@ def _check(record: Stored) -> None:
     if isinstance(record, ActorRow):
         ActorId.parse(record.actor_id)
     if isinstance(record, Move) and record.step not in (*STEPS, None):
-        raise InvalidInput(f"step: {record.step!r} is none of {', '.join(STEPS)}")
+        raise InvalidInput(f"step: {jsonlike.shown(record.step)} is none of {', '.join(STEPS)}")
     if isinstance(record, (Move, AuditEvent)) and record.source == record.destination:
         raise InvalidInput(f"destination: {record.destination} owns it already")

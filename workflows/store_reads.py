@@ -30,7 +30,7 @@ class Reads(Generic[T]):
     async def one(self, name: str) -> T | None:
         """The record as it is now, never as it was before this call; None when there is none to be read."""
         self._wanted[name] = None
-        if self._reading is None:
+        if self._reading is None or self._reading.done():  # one that was cancelled before it began
             self._reading = asyncio.create_task(self._read_wanted())
             self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # asked for, or not
         return (await asyncio.shield(self._reading)).get(name)

@@ -251,7 +251,9 @@ def test_what_is_wrong_is_told_in_one_short_line(data: st.DataObject) -> None:
     document = {**to_document(MOVE), "status": data.draw(st.text()) * 1_000}
     surplus = {f"unknown-{number}": number for number in range(1_000)}
 
-    for malformed in (document, document | surplus):
+    step = {**to_document(MOVE), "step": " - at `$" * 10_000}
+
+    for malformed in (document, document | surplus, step):
         with pytest.raises(InvalidInput) as caught:
             from_document(Move, malformed)
         assert len(str(caught.value)) < 300

@@ -112,3 +112,18 @@ async def test_a_round_trip_that_nobody_waits_for_any_more_ends_at_its_deadline(
         await ended.wait()
     with pytest.raises(asyncio.CancelledError):
         await asking
+
+
+@virtually
+async def test_a_reading_that_was_cancelled_before_it_began_is_in_nobodys_way() -> None:
+    """Whoever ends everything that runs on a loop may go on with the store."""
+    shelf = Shelf({"a": "one"})
+    reads = Reads(shelf.read, timeout_s=TIMEOUT_S)
+    asking = asyncio.create_task(reads.one("a"))
+    await asyncio.sleep(0)
+    assert reads._reading is not None
+    reads._reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+    assert await reads.one("a") == Note("a", "one")
