@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
-from routing.errors import Unavailable
+from routing.errors import InvalidInput, Unavailable
 from tests.simulation.broker import Broker
 from tests.unit.cluster import Ledger, SmallCluster, cluster
 from tests.unit.office import Office, worker
@@ -137,3 +138,35 @@ async def test_a_pause_that_waits_for_handlers_names_a_few_actors_and_counts_the
 
         with pytest.raises(Exception, match=r"^handlers of ledger/k0, ledger/k1, ledger/k2 and 4 more still run after"):
             await small.step("pause", await small.lock("m1", "b"))
+
+
+ROW = {"index": 0, "actor_id": "ledger/k", "version": 1, "digest": "d"}
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ({"rows": [ROW | {"version": None}]}, "rows that lack a version or a digest"),
+        ({"rows": [ROW | {"index": "0"}]}, "rows[0].index: Expected `int`, got `str`"),
+        ({"rows": [ROW], "next": 7}, "rows that go on at 7"),
+        ({}, "missing required field `rows`"),
+    ],
+)
+@virtually
+async def test_rows_that_no_node_answers_end_the_move_and_are_told(page: dict[str, Any], told: str) -> None:
+    """What is written down of an actor is what its node has said: nothing is made up for what lacks."""
+    async with cluster("a", "b", precopy_from_bytes=10**9) as small:
+        await small.send("k", "write", entry="one")
+        shelf = Shelf()
+        move = await planned_move(small, shelf)
+        context, verbs = worker(small, shelf), small.nodes["a"].node._verbs
+
+        async def answer(_: object) -> dict[str, Any]:
+            return page
+
+        verbs["capture"] = (verbs["capture"][0], answer)
+        locked = await context.lock(move)
+        with pytest.raises(InvalidInput) as refusal:
+            await context.ask_rows("a", "capture", replace(move, epoch=locked.ownership.epoch))
+
+        assert told in str(refusal.value)
