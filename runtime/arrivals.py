@@ -31,6 +31,8 @@ from runtime.turn import Turn
 
 log = structlog.get_logger("ferry.arrivals")
 
+HEADER_ALLOWANCE_BYTES = 32 * 2**20  # the memory of commands and the trail travel beside the state
+
 
 class _Chunk(Struct):
     """What is in the body of a chunk, in this order: of which actor, from where in its transfer, how many bytes."""
@@ -40,8 +42,6 @@ class _Chunk(Struct):
 
 
 _read_chunk = reader(_Chunk, "chunk")
-
-HEADER_ALLOWANCE_BYTES = 32 * 2**20  # the memory of commands and the trail travel beside the state
 
 
 @dataclass(slots=True)

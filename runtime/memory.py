@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from routing import errors
 from routing.envelope import Answer
@@ -21,6 +22,7 @@ from routing.errors import InDoubt, InvalidInput
 from routing.jsonlike import loads, shown
 from routing.session_id import IN_FLIGHT, opened_at
 from routing.settings import Settings
+from routing.typed import Count, taken_as
 
 REPLIES_BYTES = 4 * 2**20  # of large replies, remembered of plain commands, and as much of those in sessions
 LARGE_BYTES = 1024  # smaller ones are few thousands at most
@@ -236,16 +238,22 @@ def read_memory(text: bytes) -> dict[str, Any]:
     return check_memory(document)
 
 
+class _Sessions(Struct, forbid_unknown_fields=True):
+    floor: Count
+    known: list[Any]
+
+
+class _Document(Struct, forbid_unknown_fields=True):
+    commands: list[Any]
+    sessions: _Sessions
+
+
 def check_memory(document: Any) -> dict[str, Any]:
     """Return `document` if `Memory.to_document` can have made it. Raises InvalidInput otherwise."""
-    if type(document) is dict and len(document) == 2:
-        commands, sessions = document.get("commands"), document.get("sessions")
-        if type(commands) is list and type(sessions) is dict and len(sessions) == 2:
-            floor, known = sessions.get("floor"), sessions.get("known")
-            if type(floor) is int and floor >= 0 and type(known) is list:
-                _check_answers(commands, known)
-                return document
-    raise InvalidInput("what an actor remembers of its commands is malformed")
+    read = taken_as(_Document, document, "what an actor remembers of its commands")
+    _check_answers(read.commands, read.sessions.known)
+    known: dict[str, Any] = document
+    return known
 
 
 def _check_answers(commands: list[Any], sessions: list[Any]) -> None:
