@@ -20,7 +20,7 @@ import structlog
 
 from routing import control, shard_map
 from routing.control import ROWS_PER_PAGE, ManifestRow, Staged, StepRequest, Verified
-from routing.directory import Directory
+from routing.directory import Directory, MapEntry
 from routing.errors import (
     Busy,
     FerryError,
@@ -128,13 +128,15 @@ class Handover:
         return unit.state is UnitState.OPEN and not outgoing.precopy_over and bool(self._precopy.candidates(unit))
 
     async def _locked(self, request: StepRequest) -> Unit:
-        """The unit as held here, locked for this move by the map as it is now. Raises NotApplicable, Unavailable."""
-        entry, host = await self._directory.refresh(request.unit), self._host
-        if entry is None or not rules.applies(
-            entry.ownership, move=request.move, epoch=request.epoch, node=host.node_id, incarnation=host.incarnation
+        """The unit as held here, locked for this move by the map. Raises NotApplicable, Unavailable.
+
+        As the map is known here, most often: an ABORT that is on its way opens the gate again when it arrives.
+        """
+        if not self._is_locked(self._directory.get(request.unit), request) and not self._is_locked(
+            await self._directory.refresh(request.unit), request
         ):
             raise NotApplicable(f"{request.unit} is not locked for {request.move} at epoch {request.epoch} here")
-        unit = host.units.get(request.unit)
+        unit = self._host.units.get(request.unit)
         if unit is None or unit.state is UnitState.OPENING:
             raise Unavailable(f"{request.unit} is just being opened here: try again")
         return unit
@@ -461,6 +463,12 @@ class Handover:
                 del self._outgoing[name]
 
     # -- shared ------------------------------------------------------------------------------------------------------
+    def _is_locked(self, entry: MapEntry | None, request: StepRequest) -> bool:
+        return entry is not None and rules.applies(
+            entry.ownership, move=request.move, epoch=request.epoch, node=self._host.node_id,
+            incarnation=self._host.incarnation,
+        )  # fmt: skip
+
     def _paused(self, request: StepRequest) -> tuple[Unit, Outgoing]:
         unit, outgoing = self._host.units.get(request.unit), self._outgoing.get(request.unit)
         if unit is None or outgoing is None or outgoing.move != request.move:

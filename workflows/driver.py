@@ -221,7 +221,8 @@ class Driver:
         """
         if len(move_ids) > 1 or context.standing_still.would_wait(move_ids):
             convoy_task = task_id if len(move_ids) > 1 else None
-            await asyncio.gather(*(self._copy_ahead(context, move_id, convoy_task) for move_id in move_ids))
+            async with context.standing_still.copying_ahead(move_ids):
+                await asyncio.gather(*(self._copy_ahead(context, move_id, convoy_task) for move_id in move_ids))
         await context.standing_still.begin(move_ids)
 
     async def _copy_ahead(self, context: StepContext, move_id: str, convoy_task: str | None) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from routing.address import ActorId
-from routing.errors import FerryError, HandlerFailed, Timeout, Unavailable
-from routing.link import Entry
+from routing.errors import FerryError, HandlerFailed, NotApplicable, Timeout, Unavailable
+from routing.link import Entry, EntryHandler, Subscription
 from runtime.testing import MemoryLink
 from tests.unit.cluster import UNIT, Ledger, SmallCluster, cluster
-from tests.unit.virtual_time import until, virtually
+from tests.unit.virtual_time import clock, until, virtually
 
 
 class HeldLink:
@@ -32,6 +34,34 @@ class HeldLink:
             self.waiting.set()
             await self.let_go.wait()
         return await self._link.last(stream, subject, timeout_s=timeout_s)
+
+
+class LateNewsLink:
+    """A link whose watches bring nothing while they are late, and after that all of it, in order."""
+
+    def __init__(self, link: MemoryLink) -> None:
+        self._link = link
+        self._late: list[Callable[[], None]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    async def watch(self, stream: str, subject: str, handler: EntryHandler, *, timeout_s: float) -> Subscription:
+        def arrived(entry: Entry) -> None:
+            if self._late is None:
+                handler(entry)
+            else:
+                self._late.append(partial(handler, entry))
+
+        return await self._link.watch(stream, subject, arrived, timeout_s=timeout_s)
+
+    def be_late(self) -> None:
+        self._late = []
+
+    def catch_up(self) -> None:
+        late, self._late = self._late or [], None
+        for deliver in late:
+            deliver()
 
 
 async def command_during_a_late_capture(small: SmallCluster) -> Any:
@@ -69,6 +99,43 @@ async def command_during_a_late_capture(small: SmallCluster) -> Any:
         await capture
     Ledger.open_gate.set()
     return await writing
+
+
+@virtually
+async def test_a_pause_that_comes_before_the_news_of_its_abort_ends_with_it() -> None:
+    """The source closes its gate by its own copy of the map, and opens it by that as well: nobody waits for a lease."""
+    async with cluster() as small:
+        links: list[LateNewsLink] = []
+
+        def wrap(link: MemoryLink) -> Any:
+            links.append(LateNewsLink(link))
+            return links[-1]
+
+        await small.add("a", wrap=wrap)
+        await small.add("b")
+        await small.assign("a")
+        await small.served_by("a")
+        await small.send("k", "write", entry=1)
+        host = small.nodes["a"].node.host
+        request = await small.lock("m", "b")
+        await until(lambda: host.units[UNIT].ownership.move == "m")
+
+        # given an ABORT that has not arrived when a pause comes that was sent before it
+        links[0].be_late()
+        await small.abort("m")
+        await small.step("pause", request)
+        assert host.units[UNIT].pause is not None
+        began_s, waiting = clock(), asyncio.create_task(small.send("k", "write", entry=2))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+
+        # then its news opens the gate, and no step of the move applies any more
+        links[0].catch_up()
+        assert await waiting == 2
+        assert clock() - began_s < small.settings.pause_lease_s / 2
+        with pytest.raises(NotApplicable):
+            await small.step("capture", request)
+        assert await small.send("k", "read") == [1, 2]
 
 
 @virtually

@@ -40,6 +40,75 @@ async def test_nobody_waits_long_for_one_that_takes_its_time() -> None:
 
 
 @virtually
+async def test_nothing_is_copied_ahead_while_others_stand_still() -> None:
+    """They share cores: a convoy stood still a third longer beside others that were copied."""
+    still = StandingStill(clock)
+    happened = []
+
+    async def copy(move: str) -> None:
+        async with still.copying_ahead([move]):
+            happened.append(f"{move} copies")
+            await asyncio.sleep(0.03)
+
+    await still.begin(["a"])
+    copying = [asyncio.ensure_future(copy(move)) for move in "bc"]
+    await asyncio.sleep(0.02)
+    assert happened == []
+
+    still.end("a")
+    await asyncio.sleep(0.001)
+    assert happened == ["b copies", "c copies"]
+    assert still.would_wait(["d"])
+
+    await asyncio.gather(*copying)
+    assert not still.would_wait(["d"])
+
+
+@virtually
+async def test_whoever_has_copied_goes_before_those_that_want_to() -> None:
+    """A chain that waited for all that come to be copied would never stand still."""
+    still = StandingStill(clock)
+    happened = []
+
+    async def chain(move: str, copying_s: float) -> None:
+        async with still.copying_ahead([move]):
+            happened.append(f"{move} copies")
+            await asyncio.sleep(copying_s)
+        await still.begin([move])
+        happened.append(f"{move} stands still")
+        await asyncio.sleep(0.02)
+        still.end(move)
+
+    first = [asyncio.ensure_future(chain("a", 0.01)), asyncio.ensure_future(chain("b", 0.03))]
+    await asyncio.sleep(0.02)  # a waits for b's copying
+    await asyncio.gather(*first, chain("c", 0.01))
+
+    assert happened == [
+        "a copies", "b copies", "a stands still", "b stands still", "c copies", "c stands still",
+    ]  # fmt: skip
+
+
+@virtually
+async def test_a_large_state_that_is_copied_keeps_nobody_for_long() -> None:
+    """It takes seconds. Once it has been waited for, others go on beside it."""
+    still = StandingStill(clock)
+
+    async def copy() -> None:
+        async with still.copying_ahead(["large"]):
+            await asyncio.sleep(5)
+
+    copying = asyncio.ensure_future(copy())
+    await asyncio.sleep(0)
+    began_s = clock()
+    await still.begin(["next"])
+    assert clock() - began_s <= PATIENCE_S + 0.001
+    still.end("next")
+
+    assert not still.would_wait(["the one after"])
+    await copying
+
+
+@virtually
 async def test_they_wait_in_the_order_of_their_calls_and_only_few_of_them() -> None:
     """All threads of a worker waiting would leave none to those that stand still."""
     still = StandingStill(clock)
