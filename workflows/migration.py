@@ -144,6 +144,7 @@ async def delete(context: StepContext, move: Move) -> Move:
     Raises: Unavailable, Timeout while the outcome is open; NotApplicable when it was aborted.
     Undo: none. This is the point of no return; from here only forward.
     """
+    context.standing_still.end(move.id)  # in a moment: the next chain closes its gates meanwhile
     try:
         answer = await context.ask(move.source, "commit", move)
     except (NotApplicable, TransientError):
@@ -151,7 +152,6 @@ async def delete(context: StepContext, move: Move) -> Move:
         if entry is None or entry.ownership.outcome_of(move.id) is not Outcome.COMMITTED:
             raise
         answer = {"blackout_ms": None, "waiting": None}
-    context.standing_still.end(move.id)
     return await context.reached(
         move, MigrationStatus.COMPLETED, blackout_ms=answer["blackout_ms"], messages_buffered=answer["waiting"]
     )

@@ -2,8 +2,8 @@
 
 The chains of a worker share its interpreter, and their nodes may share cores. Two that stand still at once take twice
 as long each, and one takes a third longer while others copy ahead. So a chain copies ahead, beside others that do, when
-none stands still; and closes its gates when those are done and the one before it has committed. It never waits long,
-for it keeps a thread meanwhile: what the others do then is their own affair.
+none stands still; and closes its gates when those are done and the one before it is about to commit. It never waits
+long, for it keeps a thread meanwhile: what the others do then is their own affair.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StandingStill:
         self._still.begin(move_ids)
 
     def end(self, move_id: str) -> None:
-        """Its actors are served again, here or there. Idempotent."""
+        """Its actors are served again, here or there, or are about to be. Idempotent."""
         self._still.end([move_id])
         self._ended.set()
 
