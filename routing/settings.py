@@ -80,7 +80,7 @@ class Settings:
     passivate_after_s: float = 600.0
     moves_at_once: int = 2  # chains per source and per destination: bounds what is paused at once
     blackout_budget_s: float = 0.08  # a shard's stop: fewer stand still at once after one that took longer
-    moves_per_chain: int = 4  # small shards that go the same way share a chain
+    moves_per_chain: int = 5  # small shards that go the same way share a chain
     records_kept: int = 100_000
 
     def __post_init__(self) -> None:
