@@ -286,6 +286,7 @@ async def test_a_chain_has_its_turn_when_the_one_before_it_has_committed() -> No
         second = asyncio.ensure_future(driver.drive(PAUSE, context, [moves[1].id], 0, TASK))
         await asyncio.sleep(0.05)
         assert not second.done()
+        assert len(small.messages_to("pause")) == 1
         for step in CHAIN[1:]:
             await driver.drive(step, context, [moves[0].id], 0, TASK)
         await second
