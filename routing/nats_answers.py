@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from routing.errors import FerryError, InvalidInput, Timeout, Unavailable
 from routing.nats_packing import FRAME_MARK, INBOX_MARK, unpack
@@ -16,20 +15,14 @@ SEVERAL = "s"  # before the token that several questions share
 FRAMES_REMEMBERED = 1_024  # "nobody listens" comes back within milliseconds of a frame's leaving
 
 
-Then = Callable[[bytes | FerryError], None]
+class Told(Protocol):
+    """In a future's place where nobody awaits one: told as soon as the answer, or the error, is there. Never `done`."""
 
+    def done(self) -> bool: ...
 
-class _Told:
-    """In a future's place where nobody awaits one: who is to be told as soon as the answer is there."""
+    def set_result(self, answer: bytes, /) -> None: ...
 
-    __slots__ = ("set_exception", "set_result")
-
-    def __init__(self, then: Then) -> None:
-        self.set_result: Then = then
-        self.set_exception: Then = then
-
-    def done(self) -> bool:
-        return False
+    def set_exception(self, error: FerryError, /) -> None: ...
 
 
 Headed = tuple[bytes, bytes]  # headers as they came, payload
@@ -56,7 +49,7 @@ class _Several:
 
 
 # Somebody who waits: where the answer goes, who was asked, until when on the loop's clock, how long that was (seconds).
-_Waiting = tuple[asyncio.Future[Any] | _Told | _Several, str, float, float]
+_Waiting = tuple[asyncio.Future[Any] | Told | _Several, str, float, float]
 
 
 class Answers:
@@ -65,6 +58,7 @@ class Answers:
     def __init__(self, inbox: str) -> None:
         self._inbox = inbox
         self._prefix = f"{inbox}{INBOX_MARK}"
+        self._prefix_characters = len(self._prefix)
         self._loop = asyncio.get_running_loop()
         self._tokens = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
@@ -79,9 +73,9 @@ class Answers:
         future = self._loop.create_future()
         return self._expect(future, subject, timeout_s), future
 
-    def expect_then(self, subject: str, timeout_s: float, then: Then) -> int:
-        """As `expect`; `then` is called with the answer, or with the error, unless the token is forgotten before."""
-        return self._expect(_Told(then), subject, timeout_s)
+    def expect_then(self, subject: str, timeout_s: float, told: Told) -> int:
+        """As `expect`; `told` hears of the answer, or of the error, unless the token is forgotten before."""
+        return self._expect(told, subject, timeout_s)
 
     def expect_several(self, subject: str, count: int, timeout_s: float) -> tuple[int, asyncio.Future[list[Headed]]]:
         """One token for `count` questions to `subject`, at least one, and what will have been answered to them.
@@ -92,7 +86,7 @@ class Answers:
         future: asyncio.Future[list[Headed]] = self._loop.create_future()
         return self._expect(_Several(future, count), subject, timeout_s), future
 
-    def _expect(self, waiting: asyncio.Future[Any] | _Told | _Several, subject: str, timeout_s: float) -> int:
+    def _expect(self, waiting: asyncio.Future[Any] | Told | _Several, subject: str, timeout_s: float) -> int:
         token = next(self._tokens)
         self._waiting[token] = waiting, subject, self._loop.time() + timeout_s, timeout_s
         if self._sweeping is None:
@@ -126,19 +120,18 @@ class Answers:
         """Something came to the inbox. Raises InvalidInput, ValueError for what is no answer of ours."""
         if not subject.startswith(self._prefix):
             raise InvalidInput(f"{subject!r} is no answer")
-        name = subject[len(self._prefix) :]
+        name = subject[self._prefix_characters :]
         if headers and name.startswith(SEVERAL):
             self._one_of_several(int(name[1:]), headers, payload)
-            return
-        if name:
+        elif name:
             self._resolve(int(name), payload)
-            return
-        for token, answer in unpack(payload):
-            self._resolve(token, answer)
+        else:
+            for token, answer in unpack(payload):
+                self._resolve(token, answer)
 
     def nobody_listens(self, subject: str) -> None:
         """The server has nobody to give a question to, or any of a frame. Raises ValueError when it is not ours."""
-        name = subject[len(self._prefix) :].removeprefix(SEVERAL)
+        name = subject[self._prefix_characters :].removeprefix(SEVERAL)
         for token in self._frames.pop(int(name[1:]), ()) if name.startswith("f") else (int(name),):
             if token in self._waiting:
                 _, asked, _, _ = self._waiting[token]

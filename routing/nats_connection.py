@@ -29,7 +29,7 @@ from nats import errors as nats_errors
 
 from routing.errors import HANDLER_ERRORS, FerryError, Incompatible, InvalidInput, PayloadTooLarge, Timeout, Unavailable
 from routing.logs import get_logger
-from routing.nats_answers import Answers, Headed, Then
+from routing.nats_answers import Answers, Headed, Told
 from routing.nats_packing import FRAME_BYTES, FRAME_MESSAGES, INBOX_MARK, PACKED_BYTES, TOKEN_DIGITS, Outbox, Parcel
 from routing.nats_url import parts, with_secrets_of, without_secrets
 from routing.nats_wire import HEADERS_BYTES, NotEncryptedError, Receive, WireClient
@@ -288,13 +288,13 @@ class NatsConnection:
         finally:
             self._answers.forget(token)
 
-    def request_then(self, subject: str, payload: bytes, *, timeout_s: float, headers: bytes, then: Then) -> None:
-        """As `request_alone`, without anybody who waits: `then` is called with the answer or the error.
+    def request_then(self, subject: str, payload: bytes, told: Told, *, timeout_s: float, headers: bytes) -> None:
+        """As `request_alone`, without anybody who waits: `told` hears of the answer or the error, and must not raise.
 
-        What certainly was not sent is raised here. `then` must not raise.
+        What certainly was not sent is raised here.
         """
         client = self._attached()
-        token = self._answers.expect_then(subject, timeout_s, then)
+        token = self._answers.expect_then(subject, timeout_s, told)
         try:
             self._hand_over(client, subject, payload, self._answers.reply_to(token), headers)
         except FerryError:
@@ -310,10 +310,8 @@ class NatsConnection:
         if self._too_much_waits(client := self._attached()):
             await self._barrier(client, timeout_s)
         token, future = self._answers.expect_several(subject, len(payloads), timeout_s)
-        reply = self._answers.reply_to_several(token)
         try:
-            for payload in payloads:
-                self._hand_over(client, subject, payload, reply)
+            self._hand_over_several(client, subject, payloads, self._answers.reply_to_several(token))
             return await future
         finally:
             self._answers.forget(token)
@@ -399,6 +397,14 @@ class NatsConnection:
         except SEND_ERRORS as error:
             raise _translated(error, subject, self.url) from error
 
+    def _hand_over_several(self, client: WireClient, subject: str, payloads: Sequence[bytes], reply: str) -> None:
+        if (size := max(map(len, payloads))) > self.max_payload:
+            raise self._too_large(subject, size)
+        try:
+            client.send_several(subject, payloads, reply)
+        except SEND_ERRORS as error:
+            raise _translated(error, subject, self.url) from error
+
     def _too_large(self, subject: str, size: int) -> PayloadTooLarge:
         """What is raised instead of sending what the server would close the connection for."""
         return PayloadTooLarge(f"{size} bytes for {subject}: the NATS server takes at most {self.max_payload}")
@@ -462,7 +468,7 @@ class NatsConnection:
 
     def _on_answer(self, subject: str, _: str, payload: bytes, headers: bytes) -> None:
         try:
-            if headers.startswith(NO_RESPONDERS):
+            if headers and headers.startswith(NO_RESPONDERS):
                 self._answers.nobody_listens(subject)
             else:
                 self._answers.arrived(subject, payload, headers)

@@ -178,21 +178,12 @@ class NatsLink:
     def append_then(
         self, subject: str, payload: bytes, *, expected: int, timeout_s: float, then: Appended, rollup: bool = False
     ) -> None:
-        def answered(answer: bytes | FerryError) -> None:
-            if isinstance(answer, FerryError):
-                then(_append_in_doubt(subject, timeout_s) if isinstance(answer, Timeout) else answer)
-                return
-            try:
-                outcome: int | FerryError = _sequence_in(subject, expected, answer)
-            except FerryError as error:
-                outcome = error
-            then(outcome)
-
         self._check_certain(subject)
         headers = EXPECTED % expected
         if rollup:
             headers += ROLLUP
-        self._connection.request_then(subject, payload, timeout_s=timeout_s, headers=headers, then=answered)
+        told = _Appending(subject, expected, timeout_s, then)
+        self._connection.request_then(subject, payload, told, timeout_s=timeout_s, headers=headers)
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Entry | None:
         return (await self._stored(stream, [{"last_by_subj": subject}], timeout_s))[0]
@@ -288,6 +279,28 @@ class NatsLink:
         answered = await self._connection.request_alone(f"$JS.API.{verb}", payload, timeout_s=timeout_s)
         answer: dict[str, Any] = orjson.loads(answered)
         return answer
+
+
+class _Appending:
+    """An append on its way, which tells `then` how it has ended. One object for each command, where there were six."""
+
+    __slots__ = ("_expected", "_subject", "_then", "_timeout_s")
+
+    def __init__(self, subject: str, expected: int, timeout_s: float, then: Appended) -> None:
+        self._subject, self._expected, self._timeout_s, self._then = subject, expected, timeout_s, then
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, acknowledged: bytes, /) -> None:
+        try:
+            outcome: int | FerryError = _sequence_in(self._subject, self._expected, acknowledged)
+        except FerryError as error:
+            outcome = error
+        self._then(outcome)
+
+    def set_exception(self, error: FerryError, /) -> None:
+        self._then(_append_in_doubt(self._subject, self._timeout_s) if isinstance(error, Timeout) else error)
 
 
 class _LinkSubscription:

@@ -42,6 +42,7 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.005, 0.25
 DEFAULT_TIMEOUT_S = 10.0
 LONGEST_S = 1e9  # thirty years: nobody waits longer, and the time after some more would not fit a message
 _NOTHING: dict[str, Any] = {}  # the arguments of a query that has none; nobody changes them
+_NUMBERS = (float, int)  # nearly all are
 TURN = 1_024  # questions to actors here, a millisecond or two, before others get their turn
 
 
@@ -224,7 +225,7 @@ class Router:
 
 def check_timeout(timeout_s: float) -> None:
     """Raises InvalidInput for what is no time, and for one that nobody can wait."""
-    is_number = type(timeout_s) is float or isinstance(timeout_s, Real)
+    is_number = type(timeout_s) in _NUMBERS or isinstance(timeout_s, Real)
     if not is_number or not 0 < timeout_s < LONGEST_S:
         raise InvalidInput(f"timeout of {shown(timeout_s)} s: must be a number greater than 0 and below {LONGEST_S:g}")
 
