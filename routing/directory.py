@@ -138,6 +138,14 @@ class Directory:
             await self._read(self.shard_unit_of(actor))
         return self._entries.get(unit)
 
+    async def known_or_read(self, unit: str, says: Callable[[Ownership], bool]) -> MapEntry | None:
+        """A unit as known here when that `says` what is expected; else news may be on its way, and it is read.
+
+        Raises Timeout, Unavailable.
+        """
+        known = self._entries.get(unit)
+        return known if known is not None and says(known.ownership) else await self.refresh(unit)
+
     async def locate(self, actor: ActorId) -> tuple[str, MapEntry | None]:
         """(unit, entry) of an actor, read from the leader. Raises Timeout, Unavailable."""
         await self._read(self.shard_unit_of(actor))

@@ -20,7 +20,7 @@ import structlog
 
 from routing import control, shard_map
 from routing.control import ROWS_PER_PAGE, ManifestRow, Staged, StepRequest, Verified
-from routing.directory import Directory, MapEntry
+from routing.directory import Directory
 from routing.errors import (
     Busy,
     FerryError,
@@ -36,7 +36,7 @@ from routing.errors import (
 from routing.failpoints import Failpoints
 from routing.link import Link
 from routing.settings import Settings
-from routing.shard_map import Outcome
+from routing.shard_map import Outcome, Ownership
 from routing.subjects import Subjects
 from routing.typed import taken_as
 from runtime import rules
@@ -132,9 +132,13 @@ class Handover:
 
         As the map is known here, most often: an ABORT that is on its way opens the gate again when it arrives.
         """
-        if not self._is_locked(self._directory.get(request.unit), request) and not self._is_locked(
-            await self._directory.refresh(request.unit), request
-        ):
+
+        def is_locked(view: Ownership) -> bool:
+            node, incarnation = self._host.node_id, self._host.incarnation
+            return rules.applies(view, move=request.move, epoch=request.epoch, node=node, incarnation=incarnation)
+
+        entry = await self._directory.known_or_read(request.unit, is_locked)
+        if entry is None or not is_locked(entry.ownership):
             raise NotApplicable(f"{request.unit} is not locked for {request.move} at epoch {request.epoch} here")
         unit = self._host.units.get(request.unit)
         if unit is None or unit.state is UnitState.OPENING:
@@ -437,7 +441,7 @@ class Handover:
     async def _write_commit(self, request: StepRequest, heir: str) -> None:
         """Write COMMIT, once. A write of unknown fate leaves the gate closed and is settled by reading again."""
 
-        def change(view: shard_map.Ownership) -> shard_map.Ownership:
+        def change(view: Ownership) -> Ownership:
             if view.outcome_of(request.move) is Outcome.COMMITTED:
                 raise _Done
             return shard_map.commit(view, move=request.move, incarnation=self._host.incarnation, heir=heir)
@@ -463,12 +467,6 @@ class Handover:
                 del self._outgoing[name]
 
     # -- shared ------------------------------------------------------------------------------------------------------
-    def _is_locked(self, entry: MapEntry | None, request: StepRequest) -> bool:
-        return entry is not None and rules.applies(
-            entry.ownership, move=request.move, epoch=request.epoch, node=self._host.node_id,
-            incarnation=self._host.incarnation,
-        )  # fmt: skip
-
     def _paused(self, request: StepRequest) -> tuple[Unit, Outgoing]:
         unit, outgoing = self._host.units.get(request.unit), self._outgoing.get(request.unit)
         if unit is None or outgoing is None or outgoing.move != request.move:

@@ -17,6 +17,7 @@ from routing.directory import Directory
 from routing.errors import FerryError, NotApplicable
 from routing.failpoints import Failpoints
 from routing.settings import Settings
+from routing.shard_map import Ownership
 from runtime.arrivals import StagedActors
 from runtime.catch_up import CatchUp
 from runtime.handover import ACTIVATE_S, PATIENCE
@@ -40,11 +41,12 @@ class Reception:
 
         Raises NotApplicable unless the map says that this move comes here, UnknownActorType, PayloadTooLarge.
         """
-        entry = self._directory.get(request.unit)
-        if entry is None or entry.ownership.move != request.move:
-            entry = await self._directory.refresh(request.unit)
-        view = entry.ownership if entry is not None else None
-        if view is None or view.move != request.move or view.destination != self._host.node_id:
+
+        def comes_here(view: Ownership) -> bool:
+            return view.move == request.move and view.destination == self._host.node_id
+
+        entry = await self._directory.known_or_read(request.unit, comes_here)
+        if entry is None or not comes_here(entry.ownership):
             raise NotApplicable(f"{request.unit} is not coming here with {request.move}")
         lacking = self._arrivals.announce(request)
         answer: dict[str, Any] = {"lacking": lacking}

@@ -22,7 +22,7 @@ from workflows import migration
 from workflows.admission import CHAIN_ACTORS, CHAIN_BYTES, ROOM_MOST, Admission
 from workflows.context import StepContext
 from workflows.driver import GRACE_S, STEP_RETRIES, Parted
-from workflows.records import STEPS, MigrationStatus, Move
+from workflows.records import STEPS, MigrationPlan, MigrationStatus, Move
 
 SHARDS = 8
 
@@ -449,3 +449,35 @@ async def test_one_slow_handler_does_not_hold_up_the_other_shards_of_its_convoy(
         assert task_ids["pause"] not in shelf.stored["m0"].task_ids.values()
         for thread in threads:
             thread.cancel()
+
+
+@virtually
+async def test_a_plan_that_is_cancelled_while_its_convoy_waits_for_its_turn_stops_nobody() -> None:
+    """Who cancels it ABORTs what was locked to be copied; the chain finds that, and closes no gate."""
+    async with cluster("a", "b", shards=2) as small:
+        shelf, task_ids = Shelf(), {step: f"convoy's {step}" for step in STEPS}
+        for key in small.keys_of_shards():
+            await small.send(key, "write", entry=0)
+        for move in moves(2, started_at=wall_clock(), task_ids=task_ids):
+            entry = await small.directory.refresh(move.unit)
+            assert entry is not None
+            await shelf.save(replace(move, lock_revision=entry.revision))
+        shelf.plans["p1"] = MigrationPlan(id="p1", reason="by hand", created_at=wall_clock(), total=2)
+        context, coordinator = worker(small, shelf), worker(small, shelf)
+        begin = context.standing_still.begin
+
+        async def cancelled(move_ids: Sequence[str]) -> None:
+            shelf.plans["p1"] = replace(shelf.plans["p1"], cancelled=True)
+            for move_id in move_ids:
+                await coordinator.settle(move_id, error="its plan was cancelled")
+            await begin(move_ids)
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(context.standing_still, "begin", cancelled)
+            await migration.driver.drive(migration.CHAIN[0], context, list(shelf.stored), 0, task_ids["pause"])
+
+        assert {move.status for move in shelf.stored.values()} == {MigrationStatus.CANCELLED}
+        assert len(small.messages_to("precopy")) == 2
+        assert not small.messages_to("pause")
+        for key in small.keys_of_shards():
+            assert await small.send(key, "write", entry=1) == 2
