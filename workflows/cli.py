@@ -318,7 +318,7 @@ async def _rebalance(settings: Settings, wait: bool, timeout_s: float, as_json: 
             if as_json:
                 show.print_json(answer)
             else:
-                click.echo("nothing to move: the map is balanced")
+                show.print_nothing_to_move(answer)
             return
         await _follow_plan(session, answer["plan"], wait, timeout_s, as_json)
 

@@ -63,14 +63,14 @@ class Desk:
         return {
             "moves": estimate.moves, "actors": estimate.actors, "state_bytes": estimate.state_bytes,
             "estimate_s": round(estimate.estimate_s, 3), "routes": [asdict(route) for route in estimate.routes],
-            "reasons": dict(Counter(move.reason for move in request.moves)),
+            "reasons": dict(Counter(move.reason for move in request.moves)), "waiting": request.waiting,
         }  # fmt: skip
 
     async def rebalance(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Plan and apply now; `{"plan": null}` when the map is balanced."""
+        """Plan and apply now; `{"plan": null}` when there is nothing to move, with how many shards are `waiting`."""
         request = await self._coordinator.make_plan("asked for")
         if not request.moves:
-            return {"plan": None}
+            return {"plan": None, "waiting": request.waiting}
         return {"plan": to_document(await self._coordinator.handle_rebalance_request(request))}
 
     async def migrate(self, asked: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def plan_rebalance(
     future_owners = {shard: ownership.destination or ownership.owner for shard, ownership in movable.items()}
     owners = {ownership.owner for ownership in shard_map.values()}
     homes = dict(placement.rebalance_shards(future_owners, receivers).shard_map)
+    waiting = 0
     for node in states.values():
         able = [receiver for receiver in receivers if states[receiver.id].reads(node)]
         if len(able) == len(receivers):
@@ -88,6 +89,7 @@ def plan_rebalance(
         for shard, ownership in movable.items():
             if ownership.owner == node.id and not states[homes[shard]].reads(node):
                 homes[shard] = elsewhere[shard] if node.draining else node.id
+                waiting += not node.draining and ownership.move is None
     moves = [
         planned_move(
             shard_key(shard), shard, ownership.owner, homes[shard], inventories,
@@ -106,7 +108,7 @@ def plan_rebalance(
             why = f"node {source.id} drains" if source.draining else f"{actor} is unpinned"
             moves.append(planned_move(unit, shard, own.owner, home, inventories, reason=why))
     moves.sort(key=lambda move: (not states[move.source].draining, move.shard, move.unit))
-    return RebalanceRequest(plan_id=plan_id, reason=reason, moves=tuple(moves))
+    return RebalanceRequest(plan_id=plan_id, reason=reason, moves=tuple(moves), waiting=waiting)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

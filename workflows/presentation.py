@@ -208,7 +208,7 @@ def _plan_line(plan: Mapping[str, Any]) -> str:
 def print_plan(answer: Mapping[str, Any]) -> None:
     """`ferry plan` for people."""
     if not answer["moves"]:
-        click.echo("nothing to move: the map is balanced")
+        print_nothing_to_move(answer)
         return
     click.echo(
         f"would move {counted(answer['moves'], 'shard')} with {counted(answer['actors'], 'live actor')},"
@@ -220,6 +220,20 @@ def print_plan(answer: Mapping[str, Any]) -> None:
         ["from", "to", "moves", "actors", "bytes"],
         [[r["source"], r["destination"], r["moves"], r["actors"], r["state_bytes"]] for r in answer["routes"]],
     )
+    if waiting := _waiting(answer):
+        click.echo(f"\n{waiting}")
+
+
+def print_nothing_to_move(answer: Mapping[str, Any]) -> None:
+    """Why a plan would have no moves."""
+    click.echo(f"nothing to move: {_waiting(answer) or 'the map is balanced'}")
+
+
+def _waiting(answer: Mapping[str, Any]) -> str:
+    """Of the shards that balance does not move yet; a coordinator of an earlier version does not tell."""
+    if not (shards := answer.get("waiting", 0)):
+        return ""
+    return f"balance waits with {counted(shards, 'shard')} until nodes with older code are upgraded: see `ferry status`"
 
 
 def print_migrations(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -275,11 +275,15 @@ class PlannedMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRequest:
-    """What `handle_rebalance_request` is handed. No unit is named twice."""
+    """What `handle_rebalance_request` is handed. No unit is named twice.
+
+    `waiting`: how many shards balance would move as well, and does not until an older node is upgraded.
+    """
 
     plan_id: str
     reason: str
     moves: tuple[PlannedMove, ...]
+    waiting: int = 0
 
 
 # -- documents: the JSON form of what is stored, checked where it enters the process ---------------------------------

@@ -372,8 +372,10 @@ def test_nothing_goes_from_newer_to_older_code_for_the_sake_of_balance() -> None
     """It would be rolled back, and tried again; the balance waits until the older node is upgraded."""
     shards = {shard: owned_by("b" if shard else "a") for shard in range(12)}
 
-    assert plan(shards, of_versions(a=1, b=2)).moves == ()
-    assert len(plan(shards, of_versions(a=2, b=2)).moves) == 5
+    waits = plan(shards, of_versions(a=1, b=2))
+    assert (waits.moves, waits.waiting) == ((), 5)
+    balances = plan(shards, of_versions(a=2, b=2))
+    assert (len(balances.moves), balances.waiting) == (5, 0)
     assert len(plan(shards, of_versions(a=3, b=2)).moves) == 5
 
 
@@ -384,7 +386,7 @@ def test_what_a_newer_node_has_to_give_away_goes_to_newer_ones() -> None:
     request = plan(shards, of_versions(a=1, b=2, c=2, draining="c"))
 
     assert {(move.source, move.destination) for move in request.moves} == {("c", "b")}
-    assert len(request.moves) == 12
+    assert (len(request.moves), request.waiting) == (12, 0)
 
 
 def test_the_last_newer_node_drains_to_older_ones() -> None:

@@ -118,6 +118,32 @@ def test_migrations_are_shown_by_the_time_that_stands_in_their_row(capsys: pytes
     assert [row[-1] for row in table] == sorted((row[-1] for row in table), reverse=True)
 
 
+WAITS = "balance waits with 5 shards until nodes with older code are upgraded: see `ferry status`"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [({}, "the map is balanced"), ({"waiting": 0}, "the map is balanced"), ({"waiting": 5}, WAITS)],
+    ids=["earlier version", "balanced", "in the middle of an upgrade"],
+)
+def test_why_there_is_nothing_to_move(answer: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A map that is left as it is for now is not called balanced."""
+    presentation.print_plan({"moves": 0, **answer})
+
+    assert capsys.readouterr().out == f"nothing to move: {said}\n"
+
+
+def test_a_plan_tells_what_it_leaves_for_later(capsys: pytest.CaptureFixture[str]) -> None:
+    """What goes to nodes of the same code moves; the rest waits."""
+    presentation.print_plan(
+        {"moves": 1, "actors": 2, "state_bytes": 3, "estimate_s": 0.1, "reasons": {"balance": 1}, "routes": [
+            {"source": "a", "destination": "b", "moves": 1, "actors": 2, "state_bytes": 3}
+        ], "waiting": 5}
+    )  # fmt: skip
+
+    assert capsys.readouterr().out.endswith(f"\n\n{WAITS}\n")
+
+
 def test_attempts_are_shown_when_a_step_was_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
     """Six for six steps reads like five retries."""
     move = Move(id="m1", plan_id="p1", unit="shard.1", shard=1, source="a", destination="b", created_at=10.0)
