@@ -138,13 +138,15 @@ class Directory:
             await self._read(self.shard_unit_of(actor))
         return self._entries.get(unit)
 
-    async def known_or_read(self, unit: str, says: Callable[[Ownership], bool]) -> MapEntry | None:
-        """A unit as known here when that `says` what is expected; else news may be on its way, and it is read.
+    async def holds(self, unit: str, rule: Callable[[Ownership], bool]) -> bool:
+        """Whether a rule holds of a unit: as known here, or else as it is read, for news may be on its way.
 
         Raises Timeout, Unavailable.
         """
-        known = self._entries.get(unit)
-        return known if known is not None and says(known.ownership) else await self.refresh(unit)
+        entry = self._entries.get(unit)
+        if entry is None or not rule(entry.ownership):
+            entry = await self.refresh(unit)
+        return entry is not None and rule(entry.ownership)
 
     async def locate(self, actor: ActorId) -> tuple[str, MapEntry | None]:
         """(unit, entry) of an actor, read from the leader. Raises Timeout, Unavailable."""

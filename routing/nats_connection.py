@@ -468,7 +468,7 @@ class NatsConnection:
 
     def _on_answer(self, subject: str, _: str, payload: bytes, headers: bytes) -> None:
         try:
-            if headers and headers.startswith(NO_RESPONDERS):
+            if headers.startswith(NO_RESPONDERS):
                 self._answers.nobody_listens(subject)
             else:
                 self._answers.arrived(subject, payload, headers)

@@ -282,7 +282,7 @@ class NatsLink:
 
 
 class _Appending:
-    """An append on its way, which tells `then` how it has ended. One object for each command, where there were six."""
+    """An append on its way, which tells `then` how it has ended: one object for each command, no closures."""
 
     __slots__ = ("_expected", "_subject", "_then", "_timeout_s")
 

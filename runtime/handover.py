@@ -137,8 +137,7 @@ class Handover:
             node, incarnation = self._host.node_id, self._host.incarnation
             return rules.applies(view, move=request.move, epoch=request.epoch, node=node, incarnation=incarnation)
 
-        entry = await self._directory.known_or_read(request.unit, is_locked)
-        if entry is None or not is_locked(entry.ownership):
+        if not await self._directory.holds(request.unit, is_locked):
             raise NotApplicable(f"{request.unit} is not locked for {request.move} at epoch {request.epoch} here")
         unit = self._host.units.get(request.unit)
         if unit is None or unit.state is UnitState.OPENING:

@@ -45,8 +45,7 @@ class Reception:
         def comes_here(view: Ownership) -> bool:
             return view.move == request.move and view.destination == self._host.node_id
 
-        entry = await self._directory.known_or_read(request.unit, comes_here)
-        if entry is None or not comes_here(entry.ownership):
+        if not await self._directory.holds(request.unit, comes_here):
             raise NotApplicable(f"{request.unit} is not coming here with {request.move}")
         lacking = self._arrivals.announce(request)
         answer: dict[str, Any] = {"lacking": lacking}

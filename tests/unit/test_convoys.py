@@ -64,6 +64,16 @@ def moves(count: int, **common: Any) -> list[Move]:
     return [replace(planned(number, number), **common) for number in range(count)]
 
 
+async def launched_together(small: SmallCluster, shelf: Shelf, count: int, task_ids: dict[str, str]) -> list[Move]:
+    """Moves of so many shards that share a chain, each on record with what its LOCK is to replace."""
+    convoy = []
+    for move in moves(count, started_at=wall_clock(), task_ids=task_ids):
+        entry = await small.directory.refresh(move.unit)
+        assert entry is not None
+        convoy.append(await shelf.save(replace(move, lock_revision=entry.revision)))
+    return convoy
+
+
 @virtually
 async def test_moves_of_one_route_share_a_chain_and_its_task_ids() -> None:
     """At most so many per chain, and one chain at once where the window is one."""
@@ -424,11 +434,7 @@ async def test_one_slow_handler_does_not_hold_up_the_other_shards_of_its_convoy(
         await small.post("a", small.command(keys[0], "write_slowly", "slow", entry=1, lives_s=60))
         await until(lambda: Ledger.entered)
         shelf, task_ids = Shelf(), {step: f"convoy's {step}" for step in STEPS}
-        convoy = []
-        for move in moves(3, started_at=wall_clock(), task_ids=task_ids):
-            entry = await small.directory.refresh(move.unit)
-            assert entry is not None
-            convoy.append(await shelf.save(replace(move, lock_revision=entry.revision)))
+        convoy = await launched_together(small, shelf, 3, task_ids)
         broker = Broker(Random(1), visibility_timeout_s=small.settings.visibility_timeout_s)
         context = worker(small, shelf)
         threads = [asyncio.create_task(broker.work(context)) for _ in range(3)]
@@ -458,10 +464,7 @@ async def test_a_plan_that_is_cancelled_while_its_convoy_waits_for_its_turn_stop
         shelf, task_ids = Shelf(), {step: f"convoy's {step}" for step in STEPS}
         for key in small.keys_of_shards():
             await small.send(key, "write", entry=0)
-        for move in moves(2, started_at=wall_clock(), task_ids=task_ids):
-            entry = await small.directory.refresh(move.unit)
-            assert entry is not None
-            await shelf.save(replace(move, lock_revision=entry.revision))
+        convoy = await launched_together(small, shelf, 2, task_ids)
         shelf.plans["p1"] = MigrationPlan(id="p1", reason="by hand", created_at=wall_clock(), total=2)
         context, coordinator = worker(small, shelf), worker(small, shelf)
         begin = context.standing_still.begin
@@ -474,7 +477,8 @@ async def test_a_plan_that_is_cancelled_while_its_convoy_waits_for_its_turn_stop
 
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(context.standing_still, "begin", cancelled)
-            await migration.driver.drive(migration.CHAIN[0], context, list(shelf.stored), 0, task_ids["pause"])
+            move_ids = [move.id for move in convoy]
+            await migration.driver.drive(migration.CHAIN[0], context, move_ids, 0, task_ids["pause"])
 
         assert {move.status for move in shelf.stored.values()} == {MigrationStatus.CANCELLED}
         assert len(small.messages_to("precopy")) == 2
